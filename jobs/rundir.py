@@ -1,0 +1,185 @@
+"""Every file name of a run folder on both sides, who writes it, and the seal that ends an attempt."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import durable, locks
+
+RESERVE_BYTES = 64 * 1024
+"""Kept on a machine's disk and let go when it is full, so that the last rows and the seal can still be written."""
+_CHUNK_BYTES = 1 << 20
+_SAFE = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,127}")
+_ATTEMPT = re.compile(r"[0-9]{4}")
+_FOLDER = re.compile(r"model|adapter|checkpoint-[0-9]{1,9}")
+
+GROWING = ("rows.jsonl", "selections.jsonl", "log.txt")
+"""Files of an attempt that only grow; they come home piece by piece, by offset."""
+WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
+"""Files of an attempt that appear whole; exit.json last."""
+MANIFEST = "MANIFEST.json"
+"""Written last into a folder of weights: its files with sizes and SHA-256. A folder without one does not exist yet."""
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a single name may be used in a path: no separator, no leading dash, not `.` or `..`, plain ASCII."""
+    return _SAFE.fullmatch(name) is not None and name not in (".", "..")
+
+
+def may_come_home(name: str) -> bool:
+    """Whether a relative name sent by a machine is one of the files a machine may send; anything else is refused."""
+    parts = name.split("/")
+    if not all(is_safe_name(part) for part in parts):
+        return False
+    if len(parts) == 3 and parts[0] == "attempts" and _ATTEMPT.fullmatch(parts[1]):
+        return parts[2] in GROWING + WHOLE
+    if len(parts) == 2 and _FOLDER.fullmatch(parts[0]):
+        return True
+    return parts == ["resolved.json"]
+
+
+def file_sha256(path: Path, size: int | None = None) -> str:
+    """SHA-256, in hex, of a file or of its first `size` bytes; ValueError when the file is shorter than that."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0:
+            chunk = file.read(min(left, _CHUNK_BYTES))
+            if not chunk:
+                raise ValueError(f"{path} is shorter than {size} bytes")
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Seal:
+    """The last word on an attempt, written by the supervisor once nobody else writes: how it ended, and its rows."""
+
+    attempt: int
+    code: int | None
+    signal: int | None
+    reason: str
+    """`done`, `stopped`, `failed` (on purpose, see message) or `crashed`."""
+    kind: str
+    """What sort of failure, as in worker/failures.py; empty when there was none."""
+    message: str
+    hint: str
+    restarting: bool
+    """The supervisor meant to go on with another attempt: this is not the end of the run."""
+    files: dict[str, dict[str, Any]]
+    """For every growing file: bytes (for rows, up to the last newline) and sha256 of that many bytes."""
+    ended_at: str
+
+    def document(self) -> dict[str, Any]:
+        """What stands in exit.json."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def load(cls, path: Path) -> Seal | None:
+        """The seal at `path`, or None when there is none yet."""
+        document = durable.load_json(path)
+        return None if document is None else cls(**document)
+
+
+class Attempt:
+    """The files of one attempt; the same names on the machine and, below `machines/<name>/`, at home."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = int(folder.name)
+        self.env = folder / "env.json"  # worker, once: GPU, driver, packages
+        self.rows = folder / "rows.jsonl"  # worker, made new, appended
+        self.selections = folder / "selections.jsonl"  # worker, made new, appended
+        self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
+        self.progress = folder / "progress.json"  # worker, replaced: phase, rows written and synced
+        self.failure = folder / "failure.json"  # worker, once: why it gave up on purpose
+        self.pids = folder / "pids.json"  # supervisor, once: whom a stop may signal
+        self.stop = folder / "stop.json"  # the stop command, once: who asked, how long to wait
+        self.status = folder / "status.json"  # supervisor, replaced: news with a heartbeat
+        self.exit = folder / "exit.json"  # supervisor, once, last: the seal
+
+
+class Run:
+    """The folder of a run on a machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.job = folder / "job.json"
+        self.home = folder / "home.jsonl"
+        self.home_selections = folder / "home-selections.jsonl"
+        self.resolved = folder / "resolved.json"
+        self.start_lock = folder / "start.lock"
+        self.run_lock = folder / "run.lock"
+        self.current = folder / "current.json"
+        self.reserve = folder / "reserve"
+        self.supervisor_log = folder / "supervisor.txt"
+
+    def attempt(self, number: int) -> Attempt:
+        """The files of attempt `number`, counted from 1; the folder may not exist."""
+        return Attempt(self.folder / "attempts" / f"{number:04d}")
+
+    def attempts(self) -> list[Attempt]:
+        """Every attempt folder there is, oldest first."""
+        try:
+            names = sorted(path.name for path in (self.folder / "attempts").iterdir())
+        except FileNotFoundError:
+            return []
+        return [Attempt(self.folder / "attempts" / name) for name in names if _ATTEMPT.fullmatch(name)]
+
+    def last_attempt(self) -> int:
+        """The number of the newest attempt ever begun, 0 when none was."""
+        current = durable.load_json(self.current)
+        return int(current["attempt"]) if current else 0
+
+    def folders(self) -> Iterator[Path]:
+        """The finished folders of weights in this run."""
+        for path in sorted(self.folder.iterdir()):
+            if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file():
+                yield path
+
+    def state(self) -> MachineState:
+        """Where the run stands here. Looks at the lock first, the seal second: the other order calls the done dead."""
+        running = locks.is_held(self.run_lock)
+        number = self.last_attempt()
+        if running:
+            return MachineState("running", number, None)
+        if number == 0:
+            return MachineState("accepted" if self.job.exists() else "none", 0, None)
+        seal = Seal.load(self.attempt(number).exit)
+        if seal is None or seal.restarting:
+            return MachineState("died", number, seal)
+        return MachineState("ended", number, seal)
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """Where a run stands on its machine: `none`, `accepted`, `running`, `ended` (sealed) or `died` (without a seal)."""
+
+    state: str
+    attempt: int
+    seal: Seal | None
+
+
+class Home:
+    """The folder of a run at home: `results/<run_id>/`, written by the one process that holds its lock."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run_id = folder.name
+        self.lock = folder / ".lock"
+        self.job = folder / "job.json"
+        self.record = folder / "run.json"
+        self.rows = folder / "rows.jsonl"
+        self.selections = folder / "selections.jsonl"
+        self.summary = folder / "summary.json"
+        self.report = folder / "report.html"
+
+    def machine(self, name: str) -> Run:
+        """Verified copies of what the machine of that name wrote; the same file names as there."""
+        return Run(self.folder / "machines" / name)

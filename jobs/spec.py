@@ -1,0 +1,222 @@
+"""Job definitions: parse a TOML file, check it, fill in every default, name the key that was meant by a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Version of job.json."""
+STORIES = ("evaluate",)
+"""What a worker can do; each is a module of that name on the machine side."""
+TYPES = ("text", "integer", "number", "flag")
+CATALOG = Path(__file__).parent / "catalog"
+_COMMON = Path(__file__).parent / "parameters.toml"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_TOP_KEYS = ("name", "summary", "story", "task", "needs", "parameters")
+_PARAMETER_KEYS = ("type", "default", "help", "min", "max", "choices", "words")
+_FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+Value = Any
+"""A JSON value: text, whole number, number, flag, or None for unset."""
+
+
+class SpecError(ValueError):
+    """A job definition or a parameter is wrong; the message says which and what would be right."""
+
+
+class UnknownJob(SpecError):
+    """There is no job of that name."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: the nearest right word, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One typed setting of a job. A default of None means unset."""
+
+    name: str
+    type: str
+    help: str
+    default: Value = None
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+
+    def parse(self, text: str) -> Value:
+        """The value of a `key=value` typed by a user; raises SpecError."""
+        if text in self.words:
+            return text
+        try:
+            if self.type == "integer":
+                return self.check(int(text))
+            if self.type == "number":
+                return self.check(float(text))
+            if self.type == "flag":
+                return _FLAGS[text.lower()]
+        except (ValueError, KeyError) as error:
+            if isinstance(error, SpecError):
+                raise
+            raise SpecError(f"{self.name}={text!r} is not {self.expected()}") from None
+        return self.check(text)
+
+    def check(self, value: Value) -> Value:
+        """The value if it has the right type and lies within the bounds; raises SpecError."""
+        if value is None or value in self.words:
+            return value
+        kinds: dict[str, type] = {"text": str, "integer": int, "number": float, "flag": bool}
+        if self.type == "number" and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not kinds[self.type]:
+            raise SpecError(f"{self.name}={value!r} is not {self.expected()}")
+        if self.choices and value not in self.choices:
+            raise SpecError(f"{self.name}={value!r}: {nearest(str(value), self.choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(f"{self.name}={value!r} is not {self.expected()}")
+        if isinstance(value, (int, float)) and not (self._floor <= value <= self._ceiling):
+            raise SpecError(f"{self.name}={value!r} is not {self.expected()}")
+        return value
+
+    @property
+    def _floor(self) -> float:
+        return -math.inf if self.min is None else self.min
+
+    @property
+    def _ceiling(self) -> float:
+        return math.inf if self.max is None else self.max
+
+    def expected(self) -> str:
+        """What this parameter takes, in words."""
+        words = {"text": "text", "integer": "a whole number", "number": "a number", "flag": "true or false"}[self.type]
+        if self.min is not None and self.max is not None:
+            words += f" from {self.min} to {self.max}"
+        if self.choices:
+            words = f"one of {', '.join(self.choices)}"
+        return " or ".join([words, *self.words])
+
+    def document(self) -> dict[str, Any]:
+        """This parameter for `gpu jobs --json`."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "default": self.default,
+            "help": self.help,
+            "expects": self.expected(),
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job definition: what it does, its parameters by name, and the files it needs."""
+
+    name: str
+    summary: str
+    story: str
+    task: str | None
+    needs: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
+
+    def fill(self, settings: Mapping[str, str]) -> dict[str, Value]:
+        """Every parameter's value: as set by `key=value` words, else the default; SpecError names all faults."""
+        faults = []
+        values = {name: parameter.default for name, parameter in self.parameters.items()}
+        for key, text in settings.items():
+            parameter = self.parameters.get(key)
+            if parameter is None:
+                faults.append(f"{self.name} has no parameter {key!r}: {nearest(key, self.parameters)}")
+                continue
+            try:
+                values[key] = parameter.parse(text)
+            except SpecError as error:
+                faults.append(str(error))
+        if faults:
+            raise SpecError("; ".join(faults))
+        return values
+
+
+def load(path: Path) -> Job:
+    """The job a TOML file defines; raises SpecError naming the file and what is at fault. Laptop only (tomllib)."""
+    document = _load_toml(path)
+    try:
+        return _job(document, _load_toml(_COMMON))
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def find(name: str, folders: Iterable[Path]) -> Job:
+    """The job of that name: the first folder that has it wins. Raises UnknownJob naming the nearest one."""
+    folders = list(folders)
+    if _NAME.fullmatch(name):
+        for folder in folders:
+            if (folder / f"{name}.toml").is_file():
+                return load(folder / f"{name}.toml")
+    raise UnknownJob(f"there is no job {name!r}: {nearest(name, names(folders))}")
+
+
+def names(folders: Iterable[Path]) -> list[str]:
+    """The names of all jobs in these folders."""
+    return sorted({path.stem for folder in folders for path in folder.glob("*.toml") if _NAME.fullmatch(path.stem)})
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not TOML: {error}") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _job(document: dict[str, Any], common: dict[str, Any]) -> Job:
+    for key in document:
+        if key not in _TOP_KEYS:
+            raise SpecError(f"unknown key {key!r}: {nearest(key, _TOP_KEYS)}")
+    for key in ("name", "summary", "story"):
+        if not isinstance(document.get(key), str):
+            raise SpecError(f"{key!r} is missing or not text")
+    if document["story"] not in STORIES:
+        raise SpecError(f"unknown story {document['story']!r}: {nearest(document['story'], STORIES)}")
+    if not isinstance(document.get("parameters", {}), dict):
+        raise SpecError("'parameters' is not a table")
+    parameters = [_parameter(name, given, common) for name, given in document.get("parameters", {}).items()]
+    return Job(
+        name=document["name"],
+        summary=document["summary"],
+        story=document["story"],
+        task=document.get("task"),
+        needs=tuple(document.get("needs", ())),
+        parameters={parameter.name: parameter for parameter in parameters},
+    )
+
+
+def _parameter(name: str, given: Any, common: dict[str, Any]) -> Parameter:
+    """A parameter from its TOML value: a bare value is a common one's default; a table adds to it or defines anew."""
+    fields = {**common.get(name, {}), **(given if isinstance(given, dict) else {"default": given})}
+    for key in fields:
+        if key not in _PARAMETER_KEYS:
+            raise SpecError(f"parameter {name!r}: unknown key {key!r}: {nearest(key, _PARAMETER_KEYS)}")
+    if fields.get("type") not in TYPES:
+        raise SpecError(f"parameter {name!r} needs a type: {', '.join(TYPES)}")
+    default = fields.pop("default", None)
+    for key in ("choices", "words"):
+        fields[key] = tuple(fields.get(key, ()))
+    parameter = Parameter(**{"name": name, "help": "", **fields})
+    return replace(parameter, default=parameter.check(default))
+
+
+def canonical(document: Any) -> bytes:
+    """One way to write a JSON document as bytes, for digests: sorted keys, no spaces, UTF-8."""
+    return json.dumps(document, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()

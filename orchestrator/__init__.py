@@ -1,0 +1,1 @@
+"""The laptop side: starts runs, follows them and brings their rows home; never imports `worker` or torch."""

@@ -1,0 +1,1 @@
+"""The machine side: runs jobs where the GPU is; imports only `jobs` and, inside functions, the heavy libraries."""

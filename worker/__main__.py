@@ -1,0 +1,39 @@
+"""Entry of the machine side, run by path in isolated mode: commands of the laptop, the supervisor, and the worker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Run by path with -I, so nothing of the user's is on the import path; ours comes first.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(words: list[str]) -> int:
+    """Do what the first word says: put, start, state, pull, stop, supervise, work, check, rescore or rerank."""
+    verb, *rest = words
+    if verb in ("put", "start", "state", "pull", "stop"):
+        from worker import agent
+
+        return agent.main(verb, rest)
+    if verb == "supervise":
+        from worker import supervisor
+
+        return supervisor.main(rest[0])
+    if verb in ("work", "check"):
+        from worker import work
+
+        return work.main(rest[0], int(rest[1])) if verb == "work" else work.check(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "rescore":
+        from worker import rescore
+
+        return rescore.main(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "rerank":
+        from worker import reranker
+
+        return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
+    raise SystemExit(f"unknown verb {verb!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,45 @@
+"""What every engine provides: prompts in, (prompt, completion) out as each finishes, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw the next token. Temperature 0 is greedy; top_p in (0, 1]; stop strings end a completion, unseen."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One completion to be made: its row key, the token ids sent, and the seed of its own random stream (63 bits)."""
+
+    key: str
+    token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine got for a prompt. `finish_reason` is `stop`, `length`, or `error`, with `error` saying why."""
+
+    text: str
+    finish_reason: str
+    tokens_in: int
+    tokens_out: int
+    error: str | None = None
+
+
+class Generator(Protocol):
+    """An engine with a model loaded."""
+
+    def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, Completion]]:
+        """Each prompt's completion once, as soon as it is finished, in any order; batches as the engine likes."""
+        ...

@@ -1,0 +1,139 @@
+"""Processes on this machine: who is who across pid reuse, death with the parent, and the sweep of what escaped."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN_MARK = "GPU_RUN_ID"
+"""Environment variable that every process of a run inherits; leftovers of a killed supervisor are found by it."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36
+_SWEEPS_MAX = 200
+_SWEEP_PAUSE_S = 0.05
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in the system's own words; with the pid it names a process for ever. None: no such one."""
+    if sys.platform != "linux":
+        asked = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+        return asked.stdout.strip() or None
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]  # field 22 of proc(5), clock ticks since boot
+
+
+def boot_id() -> str:
+    """An id of this boot of this machine; empty where the system has none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def identity(pid: int) -> dict[str, object]:
+    """What names a process beyond reuse of its pid: to be stored, and compared by `is_same`."""
+    return {"pid": pid, "start_time": start_time(pid), "boot_id": boot_id()}
+
+
+def is_same(known: dict[str, object]) -> bool:
+    """Whether the process of that identity is still alive: never true for another that got its pid."""
+    pid = known.get("pid")
+    return isinstance(pid, int) and known.get("start_time") is not None and identity(pid) == known
+
+
+def become_subreaper() -> None:
+    """Have orphaned descendants re-parented to this process (Linux), so that the sweep finds them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux). Called in the child, before exec."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux" and os.getppid() != parent:  # the parent died before the call
+        os._exit(1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def descendants(root: int) -> list[int]:
+    """Every process below `root`, children before grandchildren; Linux only, empty elsewhere."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in _parents().items():
+        children.setdefault(parent, []).append(pid)
+    found: list[int] = []
+    level = [root]
+    while level:
+        level = [pid for parent in level for pid in children.get(parent, ())]
+        found += level
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """The parent of every process that is not a zombie."""
+    parents = {}
+    for pid in _pids():
+        try:
+            state, parent = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:2]
+        except (OSError, ValueError):
+            continue
+        if state != b"Z":
+            parents[pid] = int(parent)
+    return parents
+
+
+def _pids() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 -- one call per process
+    except OSError:
+        return []
+
+
+def marked(run_id: str) -> list[int]:
+    """Processes of this user, other than the caller, that inherited the mark of a run; Linux only, empty elsewhere."""
+    mark = f"{RUN_MARK}={run_id}".encode()
+    found = []
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
+
+
+def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
+    """Signal each of these processes; those already gone are passed over."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+def reap() -> None:
+    """Collect every dead child of this process that nobody waits for."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def sweep() -> list[int]:
+    """Kill every descendant of this process until none is left; returns those that would not die (in D state, say)."""
+    left: list[int] = []
+    for _ in range(_SWEEPS_MAX):
+        left = descendants(os.getpid())
+        if not left:
+            break
+        kill(left)
+        reap()
+        time.sleep(_SWEEP_PAUSE_S)
+    reap()
+    return left

@@ -1,0 +1,290 @@
+"""Starts a run's worker, restarts it after crashes, writes status and seal; outlives the connection that asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jobs import durable, locks, rundir
+from worker import processes
+
+ATTEMPTS_MAX = 50
+"""A run that was restarted this often has something wrong that another restart will not mend."""
+CRASHES_WITHOUT_ROW_MAX = 2
+"""Crashes of the worker's own making in a row, without a new row between, that end the run."""
+KILLS_WITHOUT_ROW_MAX = 5
+"""The same for a worker that was killed from outside."""
+GRACE_S = 10.0
+_TICK_S = 0.25
+_HEARTBEAT_S = 1.0
+_LOCK_WAIT_S = 5.0
+_TAIL_BYTES = 2000
+
+
+def now() -> str:
+    """The time as UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a start asks for: which attempt is expected to be the last one so far, and how to run the worker."""
+
+    expect_attempt: int
+    python: str
+    agent: str
+    """Folder that holds `jobs` and `worker`."""
+    cwd: str
+    env: dict[str, str]
+    """Environment of the worker, secrets included: only ever in memory."""
+
+
+@dataclass
+class Progress:
+    """Rows counted from the attempt's file as it grows, and the pace they come at."""
+
+    path: Path
+    offset: int = 0
+    rows: int = 0
+    started: float = field(default_factory=time.monotonic)
+    first_row_at: float | None = None
+
+    def update(self) -> None:
+        """Count the whole lines that are new since the last call."""
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self.offset)
+            while chunk := file.read(1 << 20):
+                self.offset += len(chunk)
+                self.rows += chunk.count(b"\n")
+        if self.rows and self.first_row_at is None:
+            self.first_row_at = time.monotonic()
+
+    def rows_per_second(self) -> float | None:
+        """Rows per second since the first one; None before there is a pace."""
+        if self.first_row_at is None or self.rows < 2:
+            return None
+        return round((self.rows - 1) / max(time.monotonic() - self.first_row_at, 1e-3), 3)
+
+
+class Supervisor:
+    """One run's supervisor. Holds `run.lock` for life; the worker inherits it, so a free lock means both are dead."""
+
+    def __init__(self, run: rundir.Run, order: Order, lock: int) -> None:
+        self.run = run
+        self.order = order
+        self.lock = lock
+        self.crashes_without_row = 0
+        self.kills_without_row = 0
+        self._wake, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
+        self._stopping = False
+
+    def supervise(self) -> None:
+        """Run attempts until one ends the run; every attempt is sealed."""
+        processes.become_subreaper()
+        signal.set_wakeup_fd(self._waker)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_stop)
+        processes.kill(processes.marked(self.run.folder.name))
+        while True:
+            seal = self._attempt()
+            if not seal.restarting:
+                return
+
+    def _on_stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _attempt(self) -> rundir.Seal:
+        """One attempt from its folder to its seal."""
+        number = self.run.last_attempt() + 1
+        attempt = self.run.attempt(number)
+        attempt.folder.parent.mkdir(mode=0o700, exist_ok=True)
+        durable.make_folder(attempt.folder)
+        durable.save_json(self.run.current, {"attempt": number})  # durable before the fork: an attempt starts once
+        worker = self._spawn(attempt)
+        durable.save_json(
+            attempt.pids, {"supervisor": processes.identity(os.getpid()), "worker": processes.identity(worker.pid)}
+        )
+        announce_ready()
+        progress = Progress(attempt.rows)
+        self._watch(worker, attempt, progress)
+        left = processes.sweep()
+        progress.update()
+        return self._seal(attempt, worker.returncode, progress.rows, left)
+
+    def _spawn(self, attempt: rundir.Attempt) -> subprocess.Popen[bytes]:
+        me = os.getpid()
+        words = [self.order.python, "-I", str(Path(self.order.agent) / "worker" / "__main__.py"), "work"]
+        os.set_inheritable(self.lock, True)
+        with durable.opened(attempt.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log:
+            return subprocess.Popen(
+                [*words, str(self.run.folder), str(attempt.number)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.order.cwd,
+                env={**self.order.env, processes.RUN_MARK: self.run.folder.name},
+                start_new_session=True,
+                pass_fds=[self.lock],
+                preexec_fn=lambda: processes.die_with_parent(me),  # noqa: PLW1509 -- one thread here, nothing locked
+            )
+
+    def _watch(self, worker: subprocess.Popen[bytes], attempt: rundir.Attempt, progress: Progress) -> None:
+        """Write status until the worker has ended; pass a stop on to it, and kill it when its grace is over."""
+        kill_at: float | None = None
+        beat_at = 0.0
+        while worker.poll() is None:
+            self._stopping = self._stopping or attempt.stop.exists()
+            if self._stopping and kill_at is None:
+                kill_at = time.monotonic() + _grace_s(attempt)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGTERM)
+            if kill_at is not None and time.monotonic() >= kill_at:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
+            if time.monotonic() >= beat_at:
+                beat_at = time.monotonic() + _HEARTBEAT_S
+                progress.update()
+                self._save_status(attempt, progress, "stopping" if self._stopping else "running")
+            select.select([self._wake], [], [], _TICK_S)
+            with contextlib.suppress(BlockingIOError):
+                os.set_blocking(self._wake, False)
+                os.read(self._wake, 512)
+
+    def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
+        """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
+        said = _load_progress(attempt)
+        rate = progress.rows_per_second()
+        before, total = said.get("rows_before", 0), said.get("rows_total")
+        left = None if total is None else max(total - before - progress.rows, 0)
+        document = {
+            "state": state,
+            "attempt": attempt.number,
+            "phase": said.get("phase", "starting"),
+            "rows_done": before + progress.rows,
+            "rows_total": total,
+            "rows_synced": before + said.get("rows_synced", 0),
+            "rows_per_second": rate,
+            "eta_s": None if left is None or not rate else round(left / rate, 1),
+            "heartbeat": now(),
+        }
+        with contextlib.suppress(OSError):
+            durable.save_json(attempt.status, document, synced=False)
+
+    def _seal(self, attempt: rundir.Attempt, code: int, rows: int, left: list[int]) -> rundir.Seal:
+        """Judge how the worker ended, and write that down durably, last of all."""
+        said = durable.load_json(attempt.failure) or {}
+        outcome = self._judge(attempt, code, rows, said)
+        if left:
+            outcome["message"] += f" Processes that would not die: {left}."
+        seal = rundir.Seal(
+            attempt=attempt.number,
+            code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            files=dict(_digests(attempt)),
+            ended_at=now(),
+            **outcome,
+        )
+        self._save_status(attempt, _counted(attempt), "ended")
+        try:
+            durable.save_json(attempt.exit, seal.document())
+        except OSError:  # the disk is full: let the reserve go, which is what it is for
+            self.run.reserve.unlink(missing_ok=True)
+            durable.save_json(attempt.exit, seal.document())
+        return seal
+
+    def _judge(self, attempt: rundir.Attempt, code: int, rows: int, said: dict[str, Any]) -> dict[str, Any]:
+        """The outcome fields of the seal: done, stopped, failed on purpose, or crashed, with or without another attempt."""
+        if code == 0:
+            return _outcome("done")
+        if self._stopping:
+            return _outcome("stopped", "stopped", "It was stopped before it was done.")
+        if said:
+            return _outcome("failed", said["kind"], said["message"], said["hint"])
+        self.crashes_without_row = 0 if rows else self.crashes_without_row + (code > 0)
+        self.kills_without_row = 0 if rows else self.kills_without_row + (code < 0)
+        give_up = (
+            self.crashes_without_row >= CRASHES_WITHOUT_ROW_MAX
+            or self.kills_without_row >= KILLS_WITHOUT_ROW_MAX
+            or attempt.number >= ATTEMPTS_MAX
+        )
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+        message = f"The worker {how} in attempt {attempt.number}. Last words: {_last_words(attempt.log)}"
+        return {**_outcome("crashed", "crash", message), "restarting": not give_up}
+
+
+def announce_ready() -> None:
+    """Tell the starter, once, that the worker runs; it may have been killed meanwhile, which changes nothing here."""
+    with contextlib.suppress(OSError):
+        os.write(1, b"ready\n")
+        with durable.opened(Path(os.devnull), os.O_RDWR) as null:
+            os.dup2(null, 1)
+
+
+def _outcome(reason: str, kind: str = "", message: str = "", hint: str = "") -> dict[str, Any]:
+    return {"reason": reason, "kind": kind, "message": message, "hint": hint, "restarting": False}
+
+
+def _grace_s(attempt: rundir.Attempt) -> float:
+    stop = durable.load_json(attempt.stop) or {}
+    return float(stop.get("grace_s", GRACE_S))
+
+
+def _load_progress(attempt: rundir.Attempt) -> dict[str, Any]:
+    try:
+        return durable.load_json(attempt.progress) or {}
+    except ValueError:  # never synced: a power cut may have left rubbish
+        return {}
+
+
+def _counted(attempt: rundir.Attempt) -> Progress:
+    progress = Progress(attempt.rows)
+    progress.update()
+    return progress
+
+
+def _digests(attempt: rundir.Attempt) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Size and SHA-256 of each growing file; of rows only up to the last newline: a torn tail is nobody's row."""
+    for name in rundir.GROWING:
+        digest, counted, pending = hashlib.sha256(), 0, b""
+        with contextlib.suppress(FileNotFoundError), (attempt.folder / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                if name.endswith(".jsonl"):
+                    head, newline, pending = (pending + chunk).rpartition(b"\n")
+                    chunk = head + newline
+                digest.update(chunk)
+                counted += len(chunk)
+        yield name, {"bytes": counted, "sha256": digest.hexdigest()}
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log that says something."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines()]
+        return next((line for line in reversed(lines) if line), "none")
+    return "none"
+
+
+def main(folder: str) -> int:
+    """Supervise the run in `folder`; the order comes on standard input. Exits 0 also when another got there first."""
+    run = rundir.Run(Path(folder))
+    order = Order(**json.load(sys.stdin.buffer))
+    lock = locks.take(run.run_lock, _LOCK_WAIT_S)
+    if lock is None or run.last_attempt() != order.expect_attempt:
+        return 0
+    Supervisor(run, order, lock).supervise()
+    return 0

@@ -1,0 +1,61 @@
+"""What every benchmark module provides: examples, messages and scores; pure but for nothing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+TASKS = ("gsm8k",)
+"""Names of the benchmarks; each is the module of that name in this package."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item of a benchmark: its id, the problem as asked, the gold answer, and the group it is counted under."""
+
+    id: str
+    problem: str
+    target: str
+    subject: str | None = None
+    solution: str | None = None
+    """The reference solution in the form a model is expected to write, used for fixed few-shot prompts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What every rule of a task found in one completion, and the score it gives (0.0 to 1.0; None: not scorable)."""
+
+    answers: Mapping[str, str | None]
+    scores: Mapping[str, float | None]
+
+
+class Task(Protocol):
+    """A benchmark module. Everything here is pure: the same input gives the same output on every machine."""
+
+    NAME: str
+    VERSION: str
+    """Raised whenever prompts or scores of the task change; part of the fingerprint."""
+    RULES: tuple[str, ...]
+    HEADLINE: str
+    """The rule whose answer and score become the row's `answer` and `score`."""
+
+    def examples(self, records: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """Every record as an Example, in order; raises BadRecord naming the row and what it lacks."""
+        ...
+
+    def messages(self, example: Example, shots: Sequence[Example]) -> list[dict[str, str]]:
+        """The chat sent for an example, after the fixed shots: a list of `{role, content}`."""
+        ...
+
+    def score(self, completion: str, target: str) -> Verdict:
+        """What each rule finds in a completion and how it scores against the target."""
+        ...
+
+
+def get(name: str) -> Task:
+    """The benchmark of that name; KeyError when there is none."""
+    if name not in TASKS:
+        raise KeyError(name)
+    return cast(Task, importlib.import_module(f"worker.tasks.{name}"))
