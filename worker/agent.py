@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from worker import processes, supervisor
 CHUNK_BYTES = 1 << 20
 """Largest piece of a growing file in one frame, unless a single row is longer."""
 _WHOLE_MAX_BYTES = 1 << 20
+_WEIGHTS_MAX_BYTES = 64 << 20
+"""Files of weights up to this size come home through this channel; larger ones need a bulk copy."""
 _START_WAIT_S = 20.0
 _POLL_S = 0.2
 _BEAT_S = 5.0
@@ -132,9 +135,10 @@ class Puller:
         self.have: dict[str, list[Any]] = request.get("have", {})
         self.have_whole: dict[str, str] = request.get("have_whole", {})
         self.offsets: dict[str, int] = {}
+        self.seen: dict[str, tuple[int, int, int]] = {}
 
     def pull(self) -> None:
-        """Send new bytes until the run is not running any more or `wait_s` is over; then the end frame with its state."""
+        """Send new bytes until the run is not running or `wait_s` is over; then the end frame with its state."""
         deadline = time.monotonic() + self.wait_s
         beat_at = time.monotonic() + _BEAT_S
         while True:
@@ -148,7 +152,8 @@ class Puller:
             elif time.monotonic() >= beat_at:
                 self._send({"beat": True})
                 beat_at = time.monotonic() + _BEAT_S
-            time.sleep(_POLL_S)
+            if select.select([sys.stdin], [], [], _POLL_S)[0]:  # the other side is gone
+                return
 
     def _send_new(self) -> bool:
         sent = self._send_whole(self.run.resolved)
@@ -159,13 +164,17 @@ class Puller:
                 sent |= self._send_whole(attempt.folder / name)
         for folder in self.run.folders():
             for path in sorted(folder.iterdir(), key=lambda path: (path.name == rundir.MANIFEST, path.name)):
-                sent |= self._send_whole(path, _MANIFEST_FILE_MAX_BYTES)
+                sent |= self._send_whole(path, _WEIGHTS_MAX_BYTES)
         return sent
 
     def _send_whole(self, path: Path, limit: int = _WHOLE_MAX_BYTES) -> bool:
         """Send a small file that differs from the one at home."""
         name = path.relative_to(self.run.folder).as_posix()
         try:
+            facts = path.stat()
+            if self.seen.get(name) == (facts.st_ino, facts.st_size, facts.st_mtime_ns):
+                return False
+            self.seen[name] = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
             data = path.read_bytes()
         except FileNotFoundError:
             return False
@@ -219,16 +228,13 @@ class Puller:
         self.out.flush()
 
 
-_MANIFEST_FILE_MAX_BYTES = 64 << 20
-"""Folders of weights up to this size a file come home through this channel; larger ones need a bulk copy."""
-
-
 def main(verb: str, words: list[str]) -> int:
     """Run one command; the answer is a JSON line (of `pull`: frames) on standard output."""
     run = rundir.Run(Path(words[0]))
     source, out = sys.stdin.buffer, sys.stdout.buffer
     if verb == "pull":
-        Puller(run, json.load(source), out).pull()
+        with contextlib.suppress(BrokenPipeError):
+            Puller(run, json.loads(source.readline()), out).pull()
         return 0
     if verb == "put":
         answer = put(run, source)

@@ -20,7 +20,7 @@ _SWEEP_PAUSE_S = 0.05
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in the system's own words; with the pid it names a process for ever. None: no such one."""
+    """When a process started, in the system's own words; with the pid it names a process for ever. None: no such."""
     if sys.platform != "linux":
         asked = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
         return asked.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Starts a run's worker, restarts it after crashes, writes status and seal; outlives the connection that asked for it."""
+"""Starts a run's worker, restarts it after crashes, writes status and seal; outlives whoever asked for it."""
 
 from __future__ import annotations
 
@@ -88,8 +88,10 @@ class Supervisor:
         self.crashes_without_row = 0
         self.kills_without_row = 0
         self._wake, self._waker = os.pipe()
+        os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
         self._stopping = False
+        self._first_attempt = run.last_attempt() + 1
 
     def supervise(self) -> None:
         """Run attempts until one ends the run; every attempt is sealed."""
@@ -139,7 +141,7 @@ class Supervisor:
                 env={**self.order.env, processes.RUN_MARK: self.run.folder.name},
                 start_new_session=True,
                 pass_fds=[self.lock],
-                preexec_fn=lambda: processes.die_with_parent(me),  # noqa: PLW1509 -- one thread here, nothing locked
+                preexec_fn=lambda: processes.die_with_parent(me),  # this process has one thread, so this is safe
             )
 
     def _watch(self, worker: subprocess.Popen[bytes], attempt: rundir.Attempt, progress: Progress) -> None:
@@ -147,7 +149,7 @@ class Supervisor:
         kill_at: float | None = None
         beat_at = 0.0
         while worker.poll() is None:
-            self._stopping = self._stopping or attempt.stop.exists()
+            self._stopping = self._stopping or self._stop_asked(attempt)
             if self._stopping and kill_at is None:
                 kill_at = time.monotonic() + _grace_s(attempt)
                 with contextlib.suppress(ProcessLookupError):
@@ -161,8 +163,12 @@ class Supervisor:
                 self._save_status(attempt, progress, "stopping" if self._stopping else "running")
             select.select([self._wake], [], [], _TICK_S)
             with contextlib.suppress(BlockingIOError):
-                os.set_blocking(self._wake, False)
                 os.read(self._wake, 512)
+
+    def _stop_asked(self, attempt: rundir.Attempt) -> bool:
+        """Whether a stop was asked for: of this attempt, or of the one before it just as that one ended."""
+        earlier = max(attempt.number - 1, self._first_attempt)
+        return attempt.stop.exists() or self.run.attempt(earlier).stop.exists()
 
     def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
         """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
@@ -207,7 +213,7 @@ class Supervisor:
         return seal
 
     def _judge(self, attempt: rundir.Attempt, code: int, rows: int, said: dict[str, Any]) -> dict[str, Any]:
-        """The outcome fields of the seal: done, stopped, failed on purpose, or crashed, with or without another attempt."""
+        """The outcome fields of the seal: done, stopped, failed on purpose, or crashed (and whether to go on)."""
         if code == 0:
             return _outcome("done")
         if self._stopping:

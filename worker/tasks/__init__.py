@@ -45,8 +45,11 @@ class Task(Protocol):
         """Every record as an Example, in order; raises BadRecord naming the row and what it lacks."""
         ...
 
-    def messages(self, example: Example, shots: Sequence[Example]) -> list[dict[str, str]]:
-        """The chat sent for an example, after the fixed shots: a list of `{role, content}`."""
+    def messages(self, example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
+        """The chat sent for an example, after the fixed shots: a list of `{role, content}`.
+
+        An `instruction` is appended to every problem after a newline; without one the problem stands alone.
+        """
         ...
 
     def score(self, completion: str, target: str) -> Verdict:

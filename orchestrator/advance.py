@@ -1,0 +1,179 @@
+"""The story of a run on the laptop: look at where it stands, do the one next step; each step may be done twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs import durable, rundir, spec
+from orchestrator import clock, config, follow, summary, transport
+from orchestrator.errors import ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
+from orchestrator.home import Arrivals, News
+from orchestrator.runs import ENDED, Run
+from orchestrator.transport import Machine
+
+_PULLS_MAX = 3
+"""An ended run is whole after one pull; more than this many mean that something is wrong with it."""
+
+
+def carry_home(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    """Advance until everything the run made is home and it has ended, well or not."""
+    while run.record.state not in ENDED:
+        advance(run, machine, arrivals, news)
+
+
+def advance(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    """Do the one next step. Dying anywhere in it is mended by doing it again."""
+    if run.record.state == "planned":
+        push(run, machine)
+    elif run.record.state == "pushed":
+        start(run, machine)
+    elif run.record.state == "running":
+        bring_home(run, machine, arrivals, news)
+
+
+def push(run: Run, machine: Machine) -> None:
+    """Have the run's worker code and what is known from earlier machines on this one."""
+    machine.push_agent(config.state_folder() / "agents", run.record.agent)
+    run.save(state="pushed")
+
+
+def start(run: Run, machine: Machine) -> None:
+    """Start the next attempt; asked twice, or by two, it starts once."""
+    if run.record.attempt == 0:
+        _put(run, machine)
+    order = {
+        "expect_attempt": run.record.attempt,
+        "python": run.record.python,
+        "agent": str(machine.root / "agent" / run.record.agent),
+        "cwd": run.record.cwd,
+        "env": config.job_environment(),
+    }
+    words = transport.agent_words(machine, run.record.agent, "start", run.run_id)
+    answer = transport.ask(machine, words, spec.canonical({"job": run.job(), "order": order}))
+    if answer.get("error") == "conflict":
+        raise ConfigError(f"{machine.name} holds another run under the id {run.run_id}.", "Start it anew: gpu run …")
+    if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
+        run.save(attempt=answer["attempt"])
+        return
+    run.save(state="running", started_at=run.record.started_at or clock.now(), finished_at=None, failure={})
+
+
+def _put(run: Run, machine: Machine) -> None:
+    """Send what is home to a machine that never worked on this run: rows, choices, what was resolved, small weights."""
+    files = [(path.name, path) for path in _elsewhere(run, machine)]
+    files += [("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections)]
+    data = b""
+    for name, path in files:
+        if path.is_file():
+            content = path.read_bytes()
+            facts = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            data += spec.canonical(facts) + b"\n" + content
+    if data:
+        words = transport.agent_words(machine, run.record.agent, "put", run.run_id)
+        transport.ask(machine, words, data)
+
+
+def _elsewhere(run: Run, machine: Machine) -> Iterator[Path]:
+    """What another machine resolved for this run."""
+    for folder in sorted((run.home.folder / "machines").glob("*")):
+        if folder.name != machine.name and (folder / "resolved.json").is_file():
+            yield folder / "resolved.json"
+            return
+
+
+def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    """Follow until the run has ended and all of it is here; then say how it ended and sum it up."""
+    for _ in range(_PULLS_MAX):
+        end = follow.follow(run, machine, arrivals, news)
+        settle(run, arrivals, end)
+        if run.record.state != "running":
+            return
+    raise NotReachable(
+        f"What {machine.name} sent of {run.run_id} is not what its seal says; nothing at home was overwritten.",
+        f"Try again: gpu resume {run.run_id}",
+    )
+
+
+def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
+    """Take over how a run ended. `sealed` only when the rows here are those of the seal, byte for byte."""
+    seal = rundir.Seal(**end["seal"]) if end["seal"] else None
+    if end["state"] == "running":
+        return
+    if end["state"] == "accepted" or end["state"] == "none":  # never started, or its folder there is gone
+        run.save(state="planned" if run.record.attempt == 0 else "lost", attempt=end["attempt"])
+        return
+    if end["state"] == "died" or seal is None:
+        failure = _lost(run, end["attempt"])
+    elif not arrivals.is_complete(seal):
+        return  # the next pull brings the rest
+    else:
+        failure = {"kind": seal.kind, "message": seal.message, "hint": seal.hint}
+    state = _ended_state(seal) if end["state"] == "ended" and seal else "lost"
+    run.save(attempt=end["attempt"], finished_at=clock.now(), failure={} if state == "sealed" else failure, state=state)
+    summary.write(run)
+
+
+def _ended_state(seal: rundir.Seal) -> str:
+    return {"done": "sealed", "stopped": "stopped"}.get(seal.reason, "failed")
+
+
+def _lost(run: Run, attempt: int) -> dict[str, str]:
+    message = (
+        f"Attempt {attempt} of {run.run_id} ended without a word: its supervisor was killed or the machine went down. "
+        f"{run.record.rows_home} rows are home."
+    )
+    return {"kind": "lost", "message": message, "hint": f"Carry on: gpu resume {run.run_id}"}
+
+
+def again(run: Run) -> None:
+    """Let an ended run be started once more, for what is missing. A sealed run stays as it is."""
+    if run.record.state in ("failed", "stopped", "lost"):
+        run.save(state="planned")
+
+
+def raise_if_not_done(run: Run) -> None:
+    """Raise the error an ended run stands for; nothing when it is sealed."""
+    failure = run.record.failure
+    if run.record.state == "sealed" or not failure:
+        return
+    kinds: dict[str, type[GpuError]] = {
+        "config": ConfigError,
+        "disk_full": HomeDiskFull if run.record.machine == "local" else JobFailed,
+        "lost": WorkerLost,
+    }
+    hint = failure["hint"] or f"Carry on with what is missing: gpu resume {run.run_id}"
+    raise kinds.get(failure["kind"], JobFailed)(failure["message"], hint)
+
+
+def stop(run: Run, machine: Machine, grace_s: float) -> dict[str, Any]:
+    """Stop the run on its machine; returns where it stands then. What it made is pulled by the caller."""
+    words = transport.agent_words(machine, run.record.agent, "stop", run.run_id, str(grace_s))
+    return transport.ask(machine, words, deadline_s=grace_s + transport.CALL_DEADLINE_S)
+
+
+def document(run: Run) -> dict[str, Any]:
+    """The run as `gpu runs --json` gives it."""
+    record = run.record
+    return {
+        "run_id": record.run_id,
+        "job": record.job,
+        "machine": record.machine,
+        "state": record.state,
+        "rows_done": record.rows_done,
+        "rows_total": record.rows_total,
+        "rows_synced": record.rows_synced,
+        "rows_home": record.rows_home,
+        "started_at": record.started_at,
+        "finished_at": record.finished_at,
+        "cost_usd": 0.0,
+        "reachable": True if record.machine == "local" else None,
+        "last_seen": record.last_seen,
+    }
+
+
+def is_home(run: Run) -> bool:
+    """Whether the run has ended with every row here."""
+    return run.record.state == "sealed" and durable.load_json(run.home.summary) is not None

@@ -1,0 +1,118 @@
+"""The `gpu` command: parses, calls, prints; every command's code is imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+import click
+
+from orchestrator import errors
+
+_COMMANDS = {
+    "jobs": ("jobs", "The catalogue of jobs, and what each takes"),
+    "run": ("run", "Start a job and follow it until its rows are home"),
+    "resume": ("run", "Carry on with a run: only what is missing is done"),
+    "runs": ("runs", "Every run and where it stands"),
+    "logs": ("runs", "What a run's worker printed"),
+    "pull": ("runs", "Bring home what a run has made so far"),
+    "stop": ("runs", "Stop a run cleanly; its rows come home"),
+    "report": ("results", "The numbers of a run, and its page"),
+    "rescore": ("results", "Score existing completions again, without a model"),
+}
+"""Each command with the module of this package it lives in, and its line in the help."""
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module when the command is used, not to list it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- as Click calls it
+        """The commands in the order of a day's work."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of that name, from its module."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"orchestrator.cli.{_COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is meant; a wrong word is answered with the nearest right one."""
+        if args and not args[0].startswith("-") and args[0] not in _COMMANDS:
+            from jobs import spec
+
+            raise click.UsageError(f"There is no command {args[0]!r}: {spec.nearest(args[0], _COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the list of commands from the table above."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in _COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="gpu")
+def gpu() -> None:
+    """Run long GPU jobs; every finished row comes home, whatever crashes.
+
+    \b
+    Example:  gpu run eval-gsm8k --limit 20
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with a code of the table in the README."""
+    if sys.platform == "win32":
+        print("gpu does not run on native Windows. Use WSL2: https://learn.microsoft.com/windows/wsl/", file=sys.stderr)  # noqa: T201
+        sys.exit(errors.ConfigError.exit_code)
+    try:
+        gpu.main(standalone_mode=False)
+        sys.stdout.flush()
+        code = errors.DONE
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.exceptions.Exit as leaving:
+        code = leaving.exit_code
+    except errors.GpuError as error:
+        _say(error.message, error.hint)
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say("Interrupted.", "")
+        code = errors.INTERRUPTED
+    except BrokenPipeError:  # `gpu runs | head`: the reader has seen enough
+        code = errors.DONE
+        _forget_stdout()
+    except Exception as error:  # noqa: BLE001 -- the outermost frame: a bug of ours becomes words, not a traceback
+        _say(f"A bug in gpu: {type(error).__name__}: {error}. Runs on machines are not affected.", _bug_hint(error))
+        code = errors.BUG
+    sys.exit(code)
+
+
+def _say(message: str, hint: str) -> None:
+    print(f"Error: {message}" if message != "Interrupted." else message, file=sys.stderr)  # noqa: T201
+    if hint:
+        print(hint, file=sys.stderr)  # noqa: T201
+
+
+def _bug_hint(error: BaseException) -> str:
+    """Where the bug is, in one line; the whole traceback when GPU_DEBUG is set."""
+    import os
+    import traceback
+
+    if os.environ.get("GPU_DEBUG"):
+        return "".join(traceback.format_exception(error))
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"It happened in {frame.name}, line {frame.lineno} of {frame.filename}. GPU_DEBUG=1 shows all of it."
+
+
+def _forget_stdout() -> None:
+    """Keep the interpreter from complaining about the closed pipe when it flushes at exit."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,36 @@
+"""How commands print: aligned columns for people, one JSON document for scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Escape sequences and control characters, except newline and tab: what a log may not do to a terminal."""
+
+
+def document(value: Any) -> None:
+    """Print one JSON document and nothing else."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def columns(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print lines in aligned columns under their titles."""
+    table = [titles, *lines]
+    widths = [max(len(line[index]) for line in table) for index in range(len(titles))]
+    for line in table:
+        click.echo("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
+
+
+def plain(text: str) -> str:
+    """Text from elsewhere made harmless for a terminal."""
+    return _CONTROL.sub("", text)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for a table, a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"

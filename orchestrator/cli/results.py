@@ -1,0 +1,103 @@
+"""`gpu report` and `gpu rescore`: the numbers of a run, from its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from jobs import durable
+from orchestrator import rescoring, runs, summary
+from orchestrator.cli import output
+from orchestrator.runs import Run
+
+_DISAGREEMENTS_SHOWN = 10
+
+
+@click.command()
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--open", "in_browser", is_flag=True, help="Open the page in a browser.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document: summary.json.")
+def report(name: str | None, in_browser: bool, as_json: bool) -> None:
+    """The numbers of a run, counted anew from its rows, and its page.
+
+    \b
+    Example:  gpu report --open
+    """
+    found = runs.find(name)
+    document = summary.write(found)
+    if as_json:
+        output.document(document)
+    else:
+        show(found)
+    if in_browser:
+        click.launch(found.home.report.as_uri())
+
+
+@click.command()
+@click.argument("what", metavar="RUN|FILE.jsonl")
+@click.option("--task", required=True, help="The benchmark whose rules are applied, such as gsm8k.")
+@click.option("--completion", default="completion", show_default=True, help="Field that holds the completion.")
+@click.option("--target", default="target", show_default=True, help="Field that holds the right answer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def rescore(what: str, task: str, completion: str, target: str, as_json: bool) -> None:
+    """Score completions that exist already, by every rule of a task; no model is needed.
+
+    \b
+    Example:  gpu rescore completions.jsonl --task gsm8k --completion text --target answer
+    """
+    found = rescoring.rescore(what, task, completion, target)
+    if as_json:
+        output.document(found)
+        return
+    lines = [
+        [rule, str(counts["correct"]), str(counts["scored"]), str(counts["unscored"]), _share(counts)]
+        for rule, counts in found["rules"].items()
+    ]
+    output.columns(["RULE", "CORRECT", "SCORED", "UNSCORED", "SHARE"], lines)
+    _show_disagreements(found["disagreements"])
+
+
+def load_summary(run: Run) -> dict[str, Any]:
+    """The run's summary, made when it is not there yet."""
+    return durable.load_json(run.home.summary) or summary.write(run)
+
+
+def show(run: Run) -> None:
+    """Print the headline numbers of a run and where its page is."""
+    found = load_summary(run)
+    click.echo(
+        f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
+        f"{found['tokens_out']} tokens in {found['seconds']:.0f} s"
+    )
+    for title, block in (("SELECTION", found["selection"]), ("METRIC", found["metrics"])):
+        lines = [
+            [name, output.number(entry["value"]), output.number(entry["stderr"]), _interval(entry["ci95"])]
+            for name, entry in block.items()
+        ]
+        if lines:
+            click.echo("")
+            output.columns([title, "VALUE", "STDERR", "95 % INTERVAL"], lines)
+    click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
+
+
+def _interval(ends: list[float | None]) -> str:
+    return f"{output.number(ends[0])} to {output.number(ends[1])}"
+
+
+def _share(counts: dict[str, int]) -> str:
+    return output.number(counts["correct"] / counts["scored"] if counts["scored"] else None, 4)
+
+
+def _show_disagreements(found: list[dict[str, Any]]) -> None:
+    if not found:
+        click.echo("\nThe rules agree on every completion.")
+        return
+    click.echo(f"\nThe rules disagree on {len(found)} completions:")
+    for item in found[:_DISAGREEMENTS_SHOWN]:
+        words = ", ".join(
+            f"{rule}: {output.plain(str(item['answers'][rule]))} ({item['scores'][rule]})" for rule in item["answers"]
+        )
+        click.echo(f"  {item['index']}  {words}")
+    if len(found) > _DISAGREEMENTS_SHOWN:
+        click.echo(f"  … and {len(found) - _DISAGREEMENTS_SHOWN} more; --json gives all of them.")

@@ -1,0 +1,109 @@
+"""`gpu runs`, `gpu logs`, `gpu pull` and `gpu stop`: look at runs, and end them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from orchestrator import advance, errors, journey
+from orchestrator import logs as logs_at_home
+from orchestrator import runs as records
+from orchestrator.cli import output
+from orchestrator.runs import Run
+
+_SHOWN = 20
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, help=f"All of them, not only the last {_SHOWN}.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def runs(everything: bool, as_json: bool) -> None:
+    """Every run and where it stands; those on this computer are looked at anew.
+
+    \b
+    Example:  gpu runs
+    """
+    found = list(records.remembered())
+    found = found if everything else found[-_SHOWN:]
+    for run in found:
+        if run.record.state == "running":
+            journey.refresh(run)
+    documents = [advance.document(run) for run in found]
+    if as_json:
+        output.document(documents)
+        return
+    output.columns(["RUN", "STATE", "ROWS HOME", "TOTAL", "MACHINE", "STARTED"], [_line(entry) for entry in documents])
+
+
+def _line(entry: dict[str, Any]) -> list[str]:
+    keys = ("run_id", "state", "rows_home", "rows_total", "machine", "started_at")
+    return ["-" if entry[key] is None else str(entry[key]) for key in keys]
+
+
+@click.command()
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until the run has ended.")
+@click.option("-n", "lines", type=click.IntRange(min=0), default=30, show_default=True, help="Lines to begin with.")
+def logs(name: str | None, follow: bool, lines: int) -> None:
+    """What a run's worker printed.
+
+    \b
+    Example:  gpu logs -f
+    """
+    run = records.find(name)
+    try:
+        tail = logs_at_home.show(run, lines, lambda text: click.echo(output.plain(text), nl=False))
+        if follow:
+            tail.follow()
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped looking; the run goes on. Look again:  gpu logs -f {run.run_id}", err=True)
+        raise click.exceptions.Exit(errors.INTERRUPTED) from None
+
+
+@click.command()
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def pull(name: str | None, as_json: bool) -> None:
+    """Bring home what a run has made so far.
+
+    \b
+    Example:  gpu pull
+    """
+    run = records.find(name)
+    journey.refresh(run)
+    _show(
+        [run],
+        as_json,
+        lambda run: f"{run.record.rows_home} rows are home in {run.home.folder}; it is {run.record.state}",
+    )
+
+
+@click.command()
+@click.argument("name", metavar="[RUN]", required=False)
+@click.option("--all", "everything", is_flag=True, help="Every run that is running.")
+@click.option("--grace", "grace_s", default=10.0, show_default=True, help="Seconds the worker gets to sync its rows.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> None:
+    """Stop a run cleanly: its worker syncs what it has, and the rows come home.
+
+    \b
+    Example:  gpu stop
+    """
+    found = _running() if everything else [records.find(name)]
+    for run in found:
+        journey.stop(run, grace_s)
+    _show(found, as_json, lambda run: f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+
+
+def _running() -> list[Run]:
+    return [run for run in records.remembered() if run.record.state in ("planned", "pushed", "running")]
+
+
+def _show(found: list[Run], as_json: bool, words: Callable[[Run], str]) -> None:
+    """One document for all of them, or a line each."""
+    if as_json:
+        output.document([advance.document(run) for run in found])
+    for run in () if as_json else found:
+        click.echo(words(run))

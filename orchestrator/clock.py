@@ -1,0 +1,21 @@
+"""The time, from one place, so that tests can bring their own."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+
+
+def now() -> str:
+    """The time as UTC, ISO 8601 with milliseconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse(text: str) -> datetime:
+    """The moment an ISO 8601 text names."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def monotonic() -> float:
+    """Seconds that never go back."""
+    return time.monotonic()

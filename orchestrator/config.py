@@ -1,0 +1,46 @@
+"""Where things are on this computer: state, results, and the user's own jobs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from jobs import spec
+from orchestrator.errors import ConfigError
+
+_PRIVATE = ("LAMBDA_API_KEY", "VAST_API_KEY")
+"""Account keys: never handed to a job, on whatever machine."""
+
+
+def state_folder() -> Path:
+    """`GPU_HOME`, or the platform's user data folder; made when absent, for this user only."""
+    given = os.environ.get("GPU_HOME")
+    if given:
+        folder = Path(given).expanduser().absolute()
+    else:
+        import platformdirs
+
+        folder = Path(platformdirs.user_data_dir("gpu"))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The state folder {folder} cannot be made: {error.strerror}. Nothing was started.",
+            "Set GPU_HOME to a folder you can write to.",
+        ) from None
+    return folder
+
+
+def job_folders() -> list[Path]:
+    """Where job definitions are looked for: the user's `./jobs` first, then the catalogue."""
+    return [Path.cwd() / "jobs", spec.CATALOG]
+
+
+def results_folder() -> Path:
+    """Where new runs are kept: `./results` of the folder the command runs in."""
+    return Path.cwd() / "results"
+
+
+def job_environment() -> dict[str, str]:
+    """The environment a job on this computer gets: this one's, without account keys."""
+    return {name: value for name, value in os.environ.items() if name not in _PRIVATE}

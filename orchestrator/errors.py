@@ -1,0 +1,63 @@
+"""Everything that can go wrong on the laptop, sorted by what the caller does next, with the exit code of each.
+
+GpuError
+├── UsageError          2  what was typed is wrong
+├── ConfigError         3  what it points to is wrong: a file, a setting, an account
+├── NotReachable        5  the machine does not answer; nothing is known to be lost
+├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
+├── JobFailed          10  the job ended without being done
+└── HomeDiskFull        1  this computer's disk is full
+"""
+
+from __future__ import annotations
+
+DONE = 0
+BUG = 1
+INTERRUPTED = 130
+
+
+class GpuError(Exception):
+    """Says what failed, on which thing, what it means for data, and (hint) what to type next."""
+
+    exit_code = BUG
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GpuError):
+    """The command line is wrong; nothing was done."""
+
+    exit_code = 2
+
+
+class ConfigError(GpuError):
+    """A file, a setting or an account is not as the command needs it; nothing was generated."""
+
+    exit_code = 3
+
+
+class NotReachable(GpuError):
+    """The machine does not answer. Unreachable is not dead: nothing is restarted or given up because of this."""
+
+    exit_code = 5
+
+
+class WorkerLost(GpuError):
+    """The work ended without a seal; rows so far are home, and a resume does what is missing."""
+
+    exit_code = 5
+
+
+class JobFailed(GpuError):
+    """The job ended on the machine without being done; rows so far are home."""
+
+    exit_code = 10
+
+
+class HomeDiskFull(GpuError):
+    """This computer has no space left; what was counted as home is home."""
+
+    exit_code = BUG

@@ -1,0 +1,188 @@
+"""Brings what a machine sends into the run's folder at home: verified, synced, merged by key, and only then counted."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jobs import durable, locks, rows, rundir
+from orchestrator.errors import HomeDiskFull, NotReachable
+
+_WHOLE_MAX_BYTES = 64 << 20
+
+
+class Arrivals:
+    """The one writer of a run's folder at home; holds its lock. A context manager."""
+
+    def __init__(self, home: rundir.Home, machine: str, lock: int) -> None:
+        self.home = home
+        self.copy = home.machine(machine)
+        self._lock = lock
+        self._hashes: dict[str, tuple[int, Any]] = {}
+        self.rows = self._reopen(home.rows, "rows.jsonl")
+        self.selections = self._reopen(home.selections, "selections.jsonl")
+
+    @classmethod
+    def open(cls, home: rundir.Home, machine: str, wait_s: float = 0.0) -> Arrivals | None:
+        """Take the run's lock and make its folder whole; None when another process of ours follows the run."""
+        lock = locks.take(home.lock, wait_s)
+        return None if lock is None else cls(home, machine, lock)
+
+    def _reopen(self, merged: Path, name: str) -> rows.Index:
+        """Cut torn tails off (this process or the disk may have died), and merge what came but was not merged yet."""
+        rows.repair(merged)
+        found = rows.index(merged)
+        for machine in sorted((self.home.folder / "machines").glob("*")):
+            for attempt in rundir.Run(machine).attempts():
+                rows.repair(attempt.folder / name)
+                lines = [line for _, line in rows.whole_lines(attempt.folder / name)]
+                self._merge(merged, found, lines)
+        return found
+
+    def request(self, wait_s: float) -> dict[str, Any]:
+        """What a pull is asked for: everything after what is here already, each prefix proven by its hash."""
+        have, whole = {}, {}
+        for attempt in self.copy.attempts():
+            for name in rundir.GROWING:
+                path = attempt.folder / name
+                if path.exists():
+                    size, digest = self._hash(path)
+                    have[self._name(path)] = [size, digest.hexdigest()]
+            for name in rundir.WHOLE:
+                path = attempt.folder / name
+                if path.exists():
+                    whole[self._name(path)] = rundir.file_sha256(path)
+        for path in [self.copy.resolved, *self._weights()]:
+            if path.exists():
+                whole[self._name(path)] = rundir.file_sha256(path)
+        return {"have": have, "have_whole": whole, "wait_s": wait_s}
+
+    def _weights(self) -> list[Path]:
+        if not self.copy.folder.is_dir():
+            return []
+        return [path for folder in self.copy.folders() for path in sorted(folder.iterdir())]
+
+    def take(self, frame: dict[str, Any], data: bytes) -> None:
+        """Put one frame on the disk. Raises NotReachable for a frame that lies, HomeDiskFull when there is no space."""
+        try:
+            if "diverged" in frame:
+                self._set_aside(self._path(frame["diverged"]))
+            elif "whole" in frame:
+                self._take_whole(self._path(frame["whole"]), frame, data)
+            elif "file" in frame:
+                self._take_growth(self._path(frame["file"]), frame, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise HomeDiskFull(
+                f"No space is left on the disk that holds {self.home.folder}. "
+                f"{self.rows.good} rows are safe there; the job goes on by itself on its machine.",
+                f"Free some space, then: gpu resume {self.home.run_id}",
+            ) from None
+
+    def _path(self, name: str) -> Path:
+        """Where a name sent by a machine belongs; anything outside the run's own files is refused."""
+        if not isinstance(name, str) or not rundir.may_come_home(name):
+            raise NotReachable(f"The machine sent a file with the name {name!r}, which is not one of a run's.")
+        path = self.copy.folder / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.copy.folder).as_posix()
+
+    def _take_whole(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
+        _verify(frame, data)
+        durable.replace_whole(path, data, synced=path.name != "status.json")
+
+    def _take_growth(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
+        """Append to this machine's copy, sync, merge by key, sync: in this order a crash anywhere loses nothing."""
+        _verify(frame, data)
+        size, digest = self._hash(path)
+        if frame["offset"] != size:
+            raise NotReachable(
+                f"A piece of {path.name} was sent for offset {frame['offset']}, but {size} bytes are here."
+            )
+        with durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+            end = durable.append(descriptor, data, size)
+            durable.sync(descriptor)
+        digest.update(data)
+        self._hashes[self._name(path)] = (end, digest)
+        if path.name == "rows.jsonl":
+            self._merge(self.home.rows, self.rows, data.split(b"\n")[:-1])
+        elif path.name == "selections.jsonl":
+            self._merge(self.home.selections, self.selections, data.split(b"\n")[:-1])
+
+    def _merge(self, merged: Path, known: rows.Index, lines: list[bytes]) -> None:
+        """Append the lines that add a key or replace an error; a key's first good row is final."""
+        fresh: dict[str, tuple[bool, bytes]] = {}
+        for line in lines:
+            try:
+                key, good = rows.head(line)
+            except rows.BadRow:
+                continue  # stays, as it came, in the machine's copy; the worker makes the row again on resume
+            if known.wants(key, good) and not (key in fresh and fresh[key][0] >= good):
+                fresh[key] = (good, line + b"\n")
+        if not fresh:
+            return
+        size = merged.stat().st_size if merged.exists() else 0
+        with durable.opened(merged, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+            durable.append(descriptor, b"".join(line for _, line in fresh.values()), size)
+            durable.sync(descriptor)
+        for key, (good, _) in fresh.items():
+            known.keys[key] = good
+
+    def _hash(self, path: Path) -> tuple[int, Any]:
+        """Size and running SHA-256 of a copy; read once, then kept up to date."""
+        name = self._name(path)
+        if name not in self._hashes:
+            digest, size = hashlib.sha256(), 0
+            if path.exists():
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+                        size += len(chunk)
+            self._hashes[name] = (size, digest)
+        return self._hashes[name]
+
+    def _set_aside(self, path: Path) -> None:
+        """Keep a copy that the machine's file no longer continues, under another name; nothing is overwritten."""
+        number = 1
+        while (aside := path.with_name(f"{path.name}.diverged-{number}")).exists():
+            number += 1
+        path.rename(aside)
+        durable.sync_folder(path.parent)
+        self._hashes.pop(self._name(path), None)
+
+    def is_complete(self, seal: rundir.Seal) -> bool:
+        """Whether everything the seal names is here, byte for byte."""
+        attempt = self.copy.attempt(seal.attempt)
+        for name, facts in seal.files.items():
+            size, digest = self._hash(attempt.folder / name)
+            if (size, digest.hexdigest()) != (facts["bytes"], facts["sha256"]):
+                return False
+        return True
+
+    def close(self) -> None:
+        """Let another process follow the run."""
+        os.close(self._lock)
+
+    def __enter__(self) -> Arrivals:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _verify(frame: dict[str, Any], data: bytes) -> None:
+    if len(data) != frame.get("bytes") or hashlib.sha256(data).hexdigest() != frame.get("sha256"):
+        raise NotReachable("A piece arrived damaged: its checksum is not the one that was sent with it.")
+
+
+News = Callable[[dict[str, Any], bytes], None]
+"""Told of each frame after it is safe at home."""

@@ -1,0 +1,69 @@
+"""A run's log as it is at home, printed by byte offset, so that following goes on at the exact place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs import rundir
+from orchestrator import advance, journey
+from orchestrator.runs import Run
+
+_TAIL_BYTES = 1 << 20
+
+
+def show(run: Run, lines: int, echo: Callable[[str], None]) -> Tail:
+    """Print the last lines of the newest attempt's log; returns a tail that goes on from there."""
+    journey.refresh(run)
+    tail = Tail(run, echo)
+    attempts = tail.attempts()
+    for attempt in attempts:
+        tail.offsets[attempt.number] = _size(attempt)
+    if attempts and lines:
+        data = _read(attempts[-1], max(0, _size(attempts[-1]) - _TAIL_BYTES))
+        echo("".join(data.decode("utf-8", "replace").splitlines(keepends=True)[-lines:]))
+    return tail
+
+
+class Tail:
+    """Prints what the log at home has grown by; a new attempt's log is announced."""
+
+    def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
+        self.run = run
+        self.echo = echo
+        self.offsets: dict[int, int] = {}
+
+    def attempts(self) -> list[rundir.Attempt]:
+        """The attempts whose files are home, oldest first."""
+        return self.run.home.machine(self.run.record.machine).attempts()
+
+    def follow(self) -> None:
+        """Print what comes until the run has ended."""
+        if self.run.record.state == "running":
+            journey.go(self.run, lambda frame, _: self._take(frame), self.print_new, advance.bring_home)
+        self.print_new()
+
+    def _take(self, frame: dict[str, object]) -> None:
+        if str(frame.get("file", "")).endswith("log.txt"):
+            self.print_new()
+
+    def print_new(self) -> None:
+        """Print every byte that was not printed yet."""
+        for attempt in self.attempts():
+            if attempt.number not in self.offsets and attempt.number > 1:
+                self.echo(f"--- attempt {attempt.number} ---\n")
+            data = _read(attempt, self.offsets.get(attempt.number, 0))
+            self.offsets[attempt.number] = self.offsets.get(attempt.number, 0) + len(data)
+            if data:
+                self.echo(data.decode("utf-8", "replace"))
+
+
+def _size(attempt: rundir.Attempt) -> int:
+    return attempt.log.stat().st_size if attempt.log.exists() else 0
+
+
+def _read(attempt: rundir.Attempt, offset: int) -> bytes:
+    if not attempt.log.exists():
+        return b""
+    with attempt.log.open("rb") as file:
+        file.seek(offset)
+        return file.read()

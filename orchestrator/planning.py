@@ -1,0 +1,163 @@
+"""From what was typed to a run: every check that costs nothing, before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import sequential, spec
+from orchestrator import agents, clock, config, runs, transport
+from orchestrator.errors import ConfigError, UsageError
+from orchestrator.runs import Record, Run
+
+WORKER_PACKAGES = ("torch", "transformers", "peft", "datasets")
+_PATHS = ("dataset", "model", "adapter", "chat_template")
+_FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".jinja", ".jinja2", ".txt")
+_CHECK_DEADLINE_S = 900.0
+_GIT_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user typed after `gpu run`."""
+
+    job: str
+    settings: Mapping[str, str]
+    limit: int | None = None
+
+
+def this_computer() -> transport.LocalMachine:
+    """This computer as a machine."""
+    return transport.LocalMachine(config.state_folder() / "machines" / "local")
+
+
+def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
+    """The job document of a new run, all defaults filled in and all paths absolute. Raises UsageError, ConfigError."""
+    try:
+        params = job.fill(asked.settings)
+    except spec.SpecError as error:
+        raise UsageError(f"{error}. Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
+    _check_paths(params)
+    _check_expectation(params)
+    return {
+        "schema": spec.SCHEMA,
+        "run_id": runs.new_run_id(job.name, params.get("model")),
+        "job": job.name,
+        "story": job.story,
+        "task": job.task,
+        "params": params,
+        "limit": asked.limit,
+        "created_at": clock.now(),
+        "version": importlib.metadata.version("gpu"),
+        "lock": _lock_digest(),
+        "project": _project(Path.cwd()),
+    }
+
+
+def begin(job: dict[str, Any]) -> Run:
+    """Make the run's folder: from here on it can be resumed."""
+    _check_interpreter()
+    agent = agents.keep(config.state_folder() / "agents")
+    record = Record(
+        run_id=job["run_id"],
+        job=job["job"],
+        machine="local",
+        agent=agent,
+        python=sys.executable,
+        cwd=str(Path.cwd()),
+        created_at=job["created_at"],
+    )
+    return runs.create(record, job)
+
+
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept."""
+    _check_interpreter()
+    machine = this_computer()
+    name = agents.keep(config.state_folder() / "agents")
+    main = config.state_folder() / "agents" / name / "worker" / "__main__.py"
+    words = [machine.python, "-I", str(main), "check"]
+    answer = transport.ask(machine, words, spec.canonical(job), _CHECK_DEADLINE_S)
+    if "failed" in answer:
+        raise ConfigError(answer["failed"]["message"], answer["failed"]["hint"])
+    return answer
+
+
+def take_new_code(run: Run) -> None:
+    """Let a run go on with the code installed now, and record that it did."""
+    new = agents.keep(config.state_folder() / "agents")
+    change = {"at": clock.now(), "from": run.record.agent, "to": new}
+    run.save(agent=new, code_changes=[*run.record.code_changes, change])
+
+
+def _check_interpreter() -> None:
+    missing = [name for name in WORKER_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"To run on this computer, {sys.executable} needs {', '.join(missing)}, which it does not have. "
+            "Nothing was started.",
+            "Install gpu with what a worker needs: pip install 'PATH_OF_THE_CLONE[worker]'",
+        )
+
+
+def _check_paths(params: dict[str, Any]) -> None:
+    """Make paths absolute in place; a path to nothing is an error now, not in an hour."""
+    for key in _PATHS:
+        value = params.get(key)
+        if isinstance(value, str) and _is_path(value):
+            params[key] = str(_existing(key, Path(value)))
+    if params.get("reranker"):
+        path, _, function = params["reranker"].rpartition(":")
+        if not path or not function.isidentifier():
+            raise UsageError(f"reranker={params['reranker']!r} is not of the form path/to/file.py:function.")
+        params["reranker"] = f"{_existing('reranker', Path(path))}:{function}"
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value means a file or folder here, rather than a name on the Hub."""
+    return value.startswith((".", "/", "~")) or value.endswith(_FILE_SUFFIXES) or Path(value).exists()
+
+
+def _existing(key: str, path: Path) -> Path:
+    path = path.expanduser().absolute()
+    if not path.exists():
+        raise ConfigError(f"{key}: {path} does not exist. Nothing was started.", f"Check the path given to {key}.")
+    return path
+
+
+def _check_expectation(params: dict[str, Any]) -> None:
+    if params.get("expect"):
+        try:
+            sequential.Expectation.parse(params["expect"])
+        except ValueError as error:
+            raise UsageError(f"expect={params['expect']!r}: {error}") from None
+
+
+def _lock_digest() -> str | None:
+    """SHA-256 of the lock file of the worker's packages that ships with this version."""
+    found = importlib.util.find_spec("worker")
+    assert found is not None
+    assert found.origin is not None
+    path = Path(found.origin).parent / "locks" / "worker.txt"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _project(folder: Path) -> dict[str, str] | None:
+    """Commit and digest of the uncommitted changes of the user's project; None where there is no git."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = _git(folder, "rev-parse", "HEAD").decode().strip()
+        return {"commit": commit, "diff_sha256": hashlib.sha256(_git(folder, "diff", "HEAD")).hexdigest()}
+    return None
+
+
+def _git(folder: Path, *words: str) -> bytes:
+    ran = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, timeout=_GIT_DEADLINE_S, check=True)
+    return ran.stdout

@@ -1,0 +1,35 @@
+"""Scores existing completions again: the task's rules run in a child process, which needs the standard library only."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs import spec
+from orchestrator import runs
+from orchestrator.errors import ConfigError, UsageError
+
+_DEADLINE_S = 3600.0
+
+
+def rescore(what: str, task: str, completion: str, target: str) -> dict[str, Any]:
+    """Every rule's verdicts over a run's rows or a file's lines; raises UsageError, ConfigError."""
+    path = Path(what) if Path(what).is_file() else runs.find(what).home.rows
+    request = {"task": task, "path": str(path.absolute()), "completion": completion, "target": target}
+    found = importlib.util.find_spec("worker")
+    assert found is not None
+    assert found.origin is not None
+    words = [sys.executable, "-I", str(Path(found.origin).with_name("__main__.py")), "rescore"]
+    ran = subprocess.run(words, input=spec.canonical(request), capture_output=True, timeout=_DEADLINE_S, check=False)
+    try:
+        answer: dict[str, Any] = json.loads(ran.stdout)
+    except ValueError:
+        raise RuntimeError(f"rescoring ended with {ran.returncode}: {ran.stderr[-500:]!r}") from None
+    if "failed" in answer:
+        kind = UsageError if answer["failed"].get("kind") == "usage" else ConfigError
+        raise kind(answer["failed"]["message"], answer["failed"]["hint"])
+    return answer

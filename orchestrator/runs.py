@@ -1,0 +1,152 @@
+"""The laptop's records of runs: one folder each, remembered by path, so that a run is found from any directory."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jobs import durable, rundir
+from orchestrator import clock, config
+from orchestrator.errors import ConfigError, UsageError
+
+ENDED = ("sealed", "failed", "stopped", "lost")
+"""States in which nothing runs and everything there was is home."""
+_SLUG = re.compile(r"[^a-z0-9]+")
+_SLUG_MAX = 28
+
+
+@dataclass
+class Record:
+    """Where a run stands, as run.json says. `state` is one of CLI states: planned, pushed, running, or an ended one."""
+
+    run_id: str
+    job: str
+    machine: str
+    agent: str
+    """Snapshot of the worker code that this run keeps."""
+    python: str
+    cwd: str
+    created_at: str
+    state: str = "planned"
+    attempt: int = 0
+    """The last attempt known to have begun."""
+    started_at: str | None = None
+    finished_at: str | None = None
+    rows_total: int | None = None
+    rows_done: int = 0
+    rows_synced: int = 0
+    rows_home: int = 0
+    rows_damaged: int = 0
+    phase: str = ""
+    rows_per_second: float | None = None
+    eta_s: float | None = None
+    last_seen: str | None = None
+    failure: dict[str, str] = field(default_factory=dict)
+    """kind, message and hint of how it ended, when not well."""
+    code_changes: list[dict[str, str]] = field(default_factory=list)
+    """Each time newer worker code was taken on purpose: when, from, to."""
+
+
+@dataclass
+class Run:
+    """A run: its folder at home, what was asked, and where it stands."""
+
+    home: rundir.Home
+    record: Record
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run and of its folder."""
+        return self.record.run_id
+
+    def job(self) -> dict[str, Any]:
+        """The request, as job.json holds it."""
+        document: dict[str, Any] = durable.load_json(self.home.job)
+        return document
+
+    def save(self, **changes: Any) -> None:
+        """Change the record and put it on the disk, whole."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
+        durable.save_json(self.home.record, asdict(self.record))
+
+    def reload(self) -> None:
+        """Read the record again: another process of ours may be the one that follows the run."""
+        self.record = _load_record(self.home.record)
+
+
+def new_run_id(job: str, model: str | None) -> str:
+    """Date, job, model and four random hex digits: sorts, says what it is, fits every provider's limit on names."""
+    slug = _SLUG.sub("-", Path(model or "").name.lower()).strip("-")[:_SLUG_MAX].strip("-")
+    date = clock.now()[:10].replace("-", "")
+    return "-".join(part for part in (date, job, slug, secrets.token_hex(2)) if part)
+
+
+def create(record: Record, job: dict[str, Any]) -> Run:
+    """Make the folder of a new run under `./results` and remember where it is. Raises ConfigError when it cannot."""
+    home = rundir.Home(config.results_folder() / record.run_id)
+    try:
+        home.folder.parent.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(home.folder)
+        durable.save_json(home.job, job)
+        run = Run(home, record)
+        run.save()
+        _remember(home)
+    except OSError as error:
+        raise ConfigError(
+            f"The run's folder {home.folder} cannot be written: {error.strerror}. Nothing was started.",
+            "Run the command in a folder you can write to, with space left on its disk.",
+        ) from None
+    return run
+
+
+def _remember(home: rundir.Home) -> None:
+    book = config.state_folder() / "runs"
+    book.mkdir(mode=0o700, exist_ok=True)
+    durable.save_json(book / f"{home.run_id}.json", {"path": str(home.folder.absolute())})
+
+
+def _load_record(path: Path) -> Record:
+    document = durable.load_json(path)
+    known = {entry.name for entry in fields(Record)}
+    return Record(**{name: value for name, value in document.items() if name in known})
+
+
+def open_folder(folder: Path) -> Run:
+    """The run kept in a folder; ConfigError when it holds none."""
+    home = rundir.Home(folder.absolute())
+    if not home.record.is_file():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no run.json.", "See the runs: gpu runs --all")
+    return Run(home, _load_record(home.record))
+
+
+def remembered() -> Iterator[Run]:
+    """Every run whose folder is still there, oldest first."""
+    found = []
+    for entry in (config.state_folder() / "runs").glob("*.json"):
+        folder = Path(durable.load_json(entry)["path"])
+        if (folder / "run.json").is_file():
+            found.append(open_folder(folder))
+    yield from sorted(found, key=lambda run: (run.record.created_at, run.run_id))
+
+
+def find(name: str | None) -> Run:
+    """A run by id, by the beginning or end of its id, or by folder; without a name the latest. UsageError if none."""
+    if name and ("/" in name or (Path(name) / "run.json").is_file()):
+        return open_folder(Path(name))
+    known = list(remembered())
+    if not known:
+        raise UsageError("There are no runs yet.", "Start one: gpu run eval-gsm8k")
+    if name is None:
+        return known[-1]
+    exact = [run for run in known if run.run_id == name]
+    close = exact or [run for run in known if run.run_id.startswith(name) or run.run_id.endswith(name)]
+    if len(close) == 1:
+        return close[0]
+    if close:
+        raise UsageError(f"{name!r} may be any of: {', '.join(run.run_id for run in close)}.", "Give more of its id.")
+    raise UsageError(f"There is no run {name!r}.", "See the runs: gpu runs --all")

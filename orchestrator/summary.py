@@ -1,0 +1,81 @@
+"""summary.json and report.html of a run, counted from its rows alone; made anew at any time, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jobs import durable, metrics, rows, rundir
+from orchestrator import clock
+from orchestrator.runs import Run
+
+
+def write(run: Run) -> dict[str, Any]:
+    """Count the rows at home and put summary.json and report.html into the run's folder; returns the summary."""
+    from orchestrator import report
+
+    document = count(run)
+    durable.save_json(run.home.summary, document)
+    report.write(run.home.report, report.Page(document, finals(run), choices(run), run.job()))
+    return document
+
+
+def finals(run: Run) -> Iterator[rows.Row]:
+    """Each key's final row."""
+    return rows.read([run.home.rows])
+
+
+def choices(run: Run) -> dict[str, rows.Row]:
+    """What the re-ranker chose, by example."""
+    return {row["example_id"]: row for row in rows.read([run.home.selections])}
+
+
+def count(run: Run) -> dict[str, Any]:
+    """The summary as the contract of a run folder has it."""
+    job = run.job()
+    resolved = _resolved(run)
+    tokens_out, seconds = _effort(run)
+    return {
+        "run_id": run.run_id,
+        "job": job["job"],
+        "task": job["task"],
+        "model": job["params"]["model"],
+        "state": run.record.state,
+        **metrics.summarise(finals(run), choices(run)),
+        "fingerprint": resolved.get("fingerprint"),
+        "resolved": resolved,
+        "tokens_out": tokens_out,
+        "seconds": seconds,
+        "tokens_per_second": round(tokens_out / seconds, 2) if seconds else None,
+        "rows_damaged": run.record.rows_damaged,
+        "cost_usd": 0.0,
+        "created_at": run.record.created_at,
+        "finished_at": run.record.finished_at,
+        "machine": run.record.machine,
+    }
+
+
+def _resolved(run: Run) -> dict[str, Any]:
+    return durable.load_json(run.home.machine(run.record.machine).resolved) or {}
+
+
+def _effort(run: Run) -> tuple[int, float]:
+    """Tokens generated, and the seconds between the first and the last row of each attempt, added up over attempts."""
+    tokens = sum(row["tokens_out"] or 0 for row in finals(run))
+    seconds = 0.0
+    for machine in sorted((run.home.folder / "machines").glob("*")):
+        for attempt in rundir.Run(machine).attempts():
+            times = [row["at"] for row in _ends(attempt)]
+            if times:
+                seconds += (clock.parse(times[-1]) - clock.parse(times[0])).total_seconds()
+    return tokens, round(seconds, 3)
+
+
+def _ends(attempt: rundir.Attempt) -> list[rows.Row]:
+    """The first and the last row of an attempt that can be read."""
+    first: list[rows.Row] = []
+    last: list[rows.Row] = []
+    for row in rows.read([attempt.rows]):
+        first = first or [row]
+        last = [row]
+    return first + last

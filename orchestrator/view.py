@@ -1,0 +1,134 @@
+"""What a person sees while a run is followed: one live line on a terminal, plain lines elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from jobs import rows
+from orchestrator import clock
+
+REFRESH_PER_SECOND = 2
+_LINE_EVERY_S = 10.0
+
+
+class Tally:
+    """What the frames of a pull add up to: the phase, the rows at home and their mean score so far."""
+
+    def __init__(self, home: int) -> None:
+        self.phase = ""
+        self.home = home
+        self.total: int | None = None
+        self.rate: float | None = None
+        self.eta_s: float | None = None
+        self._scored = 0
+        self._sum = 0.0
+
+    def take(self, frame: dict[str, Any], data: bytes) -> bool:
+        """Count one frame in; True when something a person would like to see has changed."""
+        if frame.get("whole", "").endswith("/status.json"):
+            said = json.loads(data)
+            self.phase, self.total = said["phase"], said["rows_total"]
+            self.rate, self.eta_s = said["rows_per_second"], said["eta_s"]
+            return True
+        if frame.get("file", "").endswith("/rows.jsonl"):
+            for line in data.split(b"\n")[:-1]:
+                self._count(line)
+            return True
+        return False
+
+    def _count(self, line: bytes) -> None:
+        with contextlib.suppress(rows.BadRow):
+            row = rows.decode(line)
+            self.home += row["error"] is None
+            if row.get("score") is not None:
+                self._scored += 1
+                self._sum += row["score"]
+
+    @property
+    def score(self) -> str:
+        """The mean score of the rows seen, in words; empty before there is one."""
+        return f"score {self._sum / self._scored:.3f}" if self._scored else ""
+
+    def line(self) -> str:
+        """All of it on one line."""
+        total = "" if self.total is None else f" of {self.total}"
+        words = [self.phase or "starting", f"{self.home}{total} rows home", self.score]
+        if self.rate:
+            words.append(f"{self.rate:.1f} rows/s")
+        if self.eta_s:
+            words.append(f"about {duration(self.eta_s)} left")
+        return " · ".join(word for word in words if word)
+
+
+def duration(seconds: float) -> str:
+    """A time span as people say it: 45 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class View(Protocol):
+    """Told of each frame that is safe at home."""
+
+    def __call__(self, frame: dict[str, Any], data: bytes) -> None:
+        """Take one frame in."""
+        ...
+
+
+@contextlib.contextmanager
+def watching(home: int, quiet: bool) -> Iterator[View]:
+    """The view that fits: nothing when quiet, a live line on a terminal, else a plain line now and then; on stderr."""
+    if quiet:
+        yield lambda _frame, _data: None
+    elif sys.stderr.isatty():
+        with _live(Tally(home)) as view:
+            yield view
+    else:
+        yield _Lines(Tally(home))
+
+
+class _Lines:
+    """A plain line when the phase changes, and one every ten seconds."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._phase = ""
+        self._said_at = 0.0
+
+    def __call__(self, frame: dict[str, Any], data: bytes) -> None:
+        """See View."""
+        if not self._tally.take(frame, data):
+            return
+        if self._tally.phase != self._phase or clock.monotonic() - self._said_at >= _LINE_EVERY_S:
+            self._phase, self._said_at = self._tally.phase, clock.monotonic()
+            print(self._tally.line(), file=sys.stderr, flush=True)  # noqa: T201 -- progress goes to stderr
+
+
+@contextlib.contextmanager
+def _live(tally: Tally) -> Iterator[View]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("rows home {task.fields[more]}", markup=False),
+    ]
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True) as progress:
+        bar = progress.add_task("starting", total=None, more="")
+
+        def view(frame: dict[str, Any], data: bytes) -> None:
+            if tally.take(frame, data):
+                more = " · ".join(tally.line().split(" · ")[2:])
+                progress.update(bar, description=tally.phase, completed=tally.home, total=tally.total, more=more)
+
+        yield view

@@ -1,0 +1,153 @@
+"""Rescoring files of completions, as the laptop does it: a child process with nothing but the standard library."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parents[2] / "worker" / "__main__.py"
+GOLD = "3*4=<<3*4=12>>12\n#### 12"
+LINES = [
+    {"text": "It is 12.\n#### 12", "gold": GOLD},
+    {"text": "It is $12.00", "gold": GOLD},
+    {"text": "It is 13.", "gold": "12"},
+    {"text": "no idea", "gold": 12},
+]
+SCORES = [
+    {"numeric": 1.0, "strict": 1.0, "flexible": 1.0},
+    {"numeric": 1.0, "strict": 0.0, "flexible": 0.0},
+    {"numeric": 0.0, "strict": 0.0, "flexible": 0.0},
+    {"numeric": 0.0, "strict": 0.0, "flexible": 0.0},
+]
+
+
+def rescore(path: Path, **changed: str) -> tuple[int, Any]:
+    """The exit code and the document of a rescoring child; extra words replace those of the request."""
+    asked = {"task": "gsm8k", "path": str(path), "completion": "text", "target": "gold", **changed}
+    words = [sys.executable, "-I", "-S", str(WORKER), "rescore"]
+    done = subprocess.run(words, input=json.dumps(asked).encode(), capture_output=True, timeout=120)
+    assert done.stderr == b""
+    return done.returncode, json.loads(done.stdout)
+
+
+def written(path: Path, rows: list[Any]) -> Path:
+    """The path, after the rows are written to it as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_rule_counts_and_disagreements_are_listed(tmp_path: Path) -> None:
+    """Each row gets the scores of all rules; the rules are counted, and rows on which they differ are listed."""
+    code, found = rescore(written(tmp_path / "a.jsonl", LINES))
+    assert code == 0
+    assert (found["task"], found["n"]) == ("gsm8k", 4)
+    assert found["rules"] == {
+        "numeric": {"correct": 2, "scored": 4, "unscored": 0},
+        "strict": {"correct": 1, "scored": 4, "unscored": 0},
+        "flexible": {"correct": 1, "scored": 4, "unscored": 0},
+    }
+    assert found["rows"] == [{"index": index, "scores": scores} for index, scores in enumerate(SCORES)]
+    answers = {"numeric": "12", "strict": None, "flexible": "$12.00"}
+    assert found["disagreements"] == [{"index": 1, "answers": answers, "scores": SCORES[1]}]
+
+
+def test_a_whole_last_line_without_newline_counts_and_a_torn_one_does_not(tmp_path: Path) -> None:
+    """A last line without its newline is scored when it parses; when it does not, it is passed over, and that is said."""
+    path = written(tmp_path / "a.jsonl", LINES)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, found = rescore(path)
+    assert (code, found["n"], found["ignored_last_line"]) == (0, 4, False)
+    path.write_bytes(path.read_bytes()[:-3])
+    code, found = rescore(path)
+    assert (code, found["n"], found["ignored_last_line"]) == (0, 3, True)
+
+
+def test_rows_with_an_error_and_no_completion_are_unscored(tmp_path: Path) -> None:
+    """A run's row that has an error instead of a completion has null scores; the row that replaces it takes over."""
+    failed = {"key": "k1", "error": "out of memory", "text": None, "gold": "12"}
+    other = {"key": "k2", "error": "cut off", "gold": "12"}
+    good = {"key": "k1", "error": None, "text": "#### 12", "gold": "12"}
+    code, found = rescore(written(tmp_path / "a.jsonl", [failed, other, failed]))
+    assert (code, found["n"], found["rules"]["strict"]["unscored"]) == (0, 2, 2)
+    code, found = rescore(written(tmp_path / "a.jsonl", [failed, other, good]))
+    assert found["rules"]["strict"] == {"correct": 1, "scored": 1, "unscored": 1}
+    assert found["rows"][0] == {"index": 1, "scores": dict.fromkeys(SCORES[0])}
+    assert [row["index"] for row in found["rows"]] == [1, 2]
+    assert found["disagreements"] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"text": "1", "gold": "1"}\n\n{"text": "1"}\n', "line 3: no field 'gold'"),
+        (b'{"gold": "1"}\n', "line 1: no field 'text'"),
+        (b'{"text": null, "gold": "1", "error": null}\n', "line 1: no field 'text'"),
+        (b'{"text": ["1"], "gold": "1"}\n', "line 1: the field 'text' holds no text"),
+        (b'{"text": "1", "gold": true}\n', "line 1: the field 'gold' holds no text"),
+        (b'{"text": "1", "gold": "1"}\n{oops}\n', "line 2: not JSON"),
+        (b"[1]\n", "line 1: not an object"),
+        (b'{"text": "\xe9", "gold": "1"}\n', "line 1: byte 0xe9 is not UTF-8"),
+        (b"\n", "no rows"),
+        (b'{"text"', "only line is not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    """What cannot be scored gives a failure document that names the file and the line, counted from 1, and a code."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    code, found = rescore(path)
+    assert code != 0
+    assert set(found["failed"]) == {"message", "hint"}
+    assert words in found["failed"]["message"]
+    assert str(path) in found["failed"]["message"]
+
+
+def test_an_unknown_task_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    """A task that does not exist, a path that cannot be read and a request that is none are failures with words."""
+    path = written(tmp_path / "a.jsonl", LINES)
+    assert "'chess'" in rescore(path, task="chess")[1]["failed"]["message"]
+    assert "nowhere.jsonl" in rescore(tmp_path / "nowhere.jsonl")[1]["failed"]["message"]
+    words = [sys.executable, "-I", "-S", str(WORKER), "rescore"]
+    done = subprocess.run(words, input=b"{}", capture_output=True, timeout=60)
+    assert done.returncode != 0
+    assert "request" in json.loads(done.stdout)["failed"]["message"]
+
+
+def test_an_error_row_with_its_completion_is_scored(tmp_path: Path) -> None:
+    """A row whose scoring failed once, but whose completion is there, is scored again."""
+    row = {"key": "k", "error": "the scorer timed out", "text": "#### 12", "gold": "12"}
+    assert rescore(written(tmp_path / "a.jsonl", [row]))[1]["rules"]["numeric"]["correct"] == 1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path) -> None:
+    """100,000 rows are scored in at most 20 s of processor time and 200 MB, whatever else the machine does."""
+    reasoning = "She sells 16 - 3 - 4 = 9 eggs at $2.50 each, which makes $22.50 a day, so: " * 8
+    rows = [{"text": f"{reasoning}{n % 50:,}.", "gold": GOLD} for n in range(100_000)]
+    path = written(tmp_path / "a.jsonl", rows)
+    program = (
+        "import json, runpy, resource, sys\n"
+        f"sys.argv = [{str(WORKER)!r}, 'rescore']\n"
+        f"try: runpy.run_path({str(WORKER)!r}, run_name='__main__')\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+    )
+    asked = {"task": "gsm8k", "path": str(path), "completion": "text", "target": "gold"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    words = [sys.executable, "-I", "-S", "-c", program]
+    done = subprocess.run(words, input=json.dumps(asked).encode(), capture_output=True, timeout=200)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = json.loads(done.stdout)
+    assert found["n"] == 100_000
+    assert found["rules"]["numeric"]["correct"] == 2_000
+    cpu_s = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{cpu_s:.1f} s of processor time, {time.monotonic() - started:.1f} s, {int(done.stderr) / 1024:.0f} MiB")
+    assert cpu_s <= 20
+    assert int(done.stderr) <= 200 * 1024

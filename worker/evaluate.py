@@ -1,0 +1,99 @@
+"""The story of an evaluation: dataset → prompts → generator → scorer → rows, then the re-ranker's choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from jobs import durable, rows, rundir
+from worker import facts, plan, resolve, selecting
+from worker.expectation import Watch
+from worker.generators import Completion
+from worker.plan import Item
+from worker.progress import Progress
+
+
+def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
+    """Make and score every completion that is missing; returns when all rows are durable. Raises WorkerFailure."""
+    progress = Progress(attempt.progress)
+    prepared = plan.prepare(job, run.folder, progress.phase)
+    plan.refuse_bad_prompts(prepared)
+    resolve.settle(run, prepared)
+    done = finished(run)
+    todo = [item for item in prepared.items if not done.get(item.key)]
+    watch = Watch(job["params"]["expect"], run, prepared.items)
+    with rows.Appender(attempt.rows) as out:
+        if todo:
+            progress.phase("loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo))
+            generator = plan.generator(prepared, say)
+            durable.save_json(attempt.env, facts.environment())
+            progress.phase("generating")
+            by_key = {item.key: item for item in todo}
+            for prompt, completion in generator.generate((item.prompt for item in todo), prepared.sampling):
+                row = make_row(prepared, by_key[prompt.key], completion)
+                out.append(row)
+                progress.rows(out.synced)
+                watch.see(row)
+            del generator
+        out.sync()
+        progress.rows(out.synced)
+    if job["params"]["reranker"]:
+        progress.phase("re-ranking")
+        selecting.select(run, attempt, prepared)
+    progress.phase("done")
+
+
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """What a dry run says: findings about the prompts and how much would be generated. No model is loaded."""
+    prepared = plan.prepare(job, None, say)
+    return plan.described(prepared)
+
+
+def finished(run: rundir.Run) -> dict[str, bool]:
+    """Every key that has a row, at home or in an attempt here, with whether that row is without error."""
+    found = rows.Index()
+    for path in row_files(run):
+        rows.index(path, found)
+    if found.corrupt:
+        say(f"{found.corrupt} damaged lines among the rows were passed over; what they held is generated again.")
+    return found.keys
+
+
+def row_files(run: rundir.Run) -> Iterable[Any]:
+    """Every file of rows this run has on this machine, those from home first."""
+    return [run.home, *(attempt.rows for attempt in run.attempts())]
+
+
+def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> rows.Row:
+    """One row of rows.jsonl. What could not be generated has an error and no score: an error is never a zero."""
+    row: rows.Row = {
+        "key": item.key,
+        "error": completion.error,
+        "example_id": item.example.id,
+        "sample_index": item.sample_index,
+        "subject": item.example.subject,
+        **item.asked,
+        "completion": None if completion.error else completion.text,
+        "finish_reason": completion.finish_reason,
+        "tokens_in": completion.tokens_in,
+        "tokens_out": completion.tokens_out,
+        "target": item.example.target,
+        "seed": item.prompt.seed,
+        "at": resolve.now(),
+    }
+    if completion.error:
+        return {**row, "answer": None, "score": None, "answers": {}, "scores": {}}
+    verdict = prepared.task.score(completion.text, item.example.target)
+    headline = prepared.task.HEADLINE
+    return {
+        **row,
+        "answer": verdict.answers[headline],
+        "score": verdict.scores[headline],
+        "answers": dict(verdict.answers),
+        "scores": dict(verdict.scores),
+    }
+
+
+def say(words: str) -> None:
+    """Write a line into the run's log."""
+    print(words, flush=True)  # noqa: T201 -- the worker's log is its standard output

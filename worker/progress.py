@@ -1,0 +1,38 @@
+"""News of a worker for its supervisor: the phase it is in, and how many rows are written and synced."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from jobs import durable
+
+_INTERVAL_S = 0.5
+
+
+class Progress:
+    """Replaces progress.json at most twice a second, unsynced: a lost one costs nothing. Failing to write is no failure."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved_at = 0.0
+        self._said: dict[str, Any] = {"phase": "starting", "rows_before": 0, "rows_total": None, "rows_synced": 0}
+
+    def phase(self, words: str, **counts: int) -> None:
+        """Say what is being done now; written at once."""
+        print(words, flush=True)  # noqa: T201 -- the worker's log is its standard output
+        self._said.update(counts, phase=words)
+        self._save()
+
+    def rows(self, synced: int) -> None:
+        """Say how many rows of this attempt are on the disk."""
+        self._said["rows_synced"] = synced
+        if time.monotonic() - self._saved_at >= _INTERVAL_S:
+            self._save()
+
+    def _save(self) -> None:
+        self._saved_at = time.monotonic()
+        with contextlib.suppress(OSError):
+            durable.save_json(self._path, self._said, synced=False)

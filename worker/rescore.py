@@ -1,0 +1,189 @@
+"""Scores completions that exist already, without a model: a file of rows in, one JSON document out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from worker import tasks
+from worker.failures import BadRecord, ConfigFailure
+from worker.tasks import Task
+
+EXIT_CONFIG = 3
+"""What `main` returns after a failure document: the request or the file must change, trying again will not help."""
+
+_Scores = tuple[float | None, ...]  # one per rule of the task, in the order of its RULES
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to score: a task's name, a file of JSON lines, and the fields that hold completion and target."""
+
+    task: str
+    path: str
+    completion: str
+    target: str
+
+
+@dataclass
+class _Tally:
+    """What the rows gave so far: small per row, since the texts are not kept."""
+
+    rules: tuple[str, ...]
+    scores: dict[int, _Scores] = field(default_factory=dict)
+    disagreements: list[dict[str, Any]] = field(default_factory=list)
+    seen: dict[_Scores, _Scores] = field(default_factory=dict)
+    failed: dict[str, int] = field(default_factory=dict)
+    """The key of each row that holds an error instead of a completion, and where it stands."""
+    ignored_last_line: bool = False
+
+    def add(self, index: int, verdict: tasks.Verdict) -> None:
+        """Count a scored row; it disagrees when its rules do not all give the same score."""
+        scores = tuple(verdict.scores[rule] for rule in self.rules)
+        self.scores[index] = self.seen.setdefault(scores, scores)  # a few distinct tuples serve all rows
+        if len(set(scores)) > 1:
+            self.disagreements.append(
+                {"index": index, "answers": dict(verdict.answers), "scores": dict(verdict.scores)}
+            )
+
+    def add_failed(self, index: int, key: Any) -> None:
+        """Count a row that holds an error instead of a completion: unscored by every rule."""
+        self.scores[index] = (None,) * len(self.rules)
+        if isinstance(key, str):
+            self.failed[key] = index
+
+    def replace(self, key: Any) -> None:
+        """Forget the error row of a key when another row of that key comes."""
+        index = self.failed.pop(key, None) if isinstance(key, str) else None
+        if index is not None:
+            del self.scores[index]
+
+
+def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
+    """Read `{task, path, completion, target}`, write what `gpu rescore --json` promises; returns the exit code.
+
+    What cannot be scored gives `{"failed": {"message", "hint"}}` instead, and a code other than 0. Indexes count the
+    file's rows from 0; messages count its lines from 1.
+    """
+    try:
+        request = _request(stdin.read())
+        task = _task(request.task)
+        tally = _scored(request, task)
+    except ConfigFailure as failure:
+        document = {"failed": {"message": failure.message, "hint": failure.hint}}
+        stdout.write(json.dumps(document).encode() + b"\n")
+        return EXIT_CONFIG
+    for piece in _document(request, tally):
+        stdout.write(piece.encode())
+    return 0
+
+
+def _request(data: bytes) -> Request:
+    try:
+        asked = json.loads(data)
+        return Request(**{name: str(asked[name]) for name in ("task", "path", "completion", "target")})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigFailure(f"The request to rescore cannot be read: {error!r}.") from error
+
+
+def _task(name: str) -> Task:
+    try:
+        return tasks.get(name)
+    except KeyError:
+        raise ConfigFailure(f"There is no task {name!r}.", f"Known are: {', '.join(tasks.TASKS)}.") from None
+
+
+def _scored(request: Request, task: Task) -> _Tally:
+    tally = _Tally(tuple(task.RULES))
+    index = 0
+    for number, line in _lines(request.path):
+        row = _row(request.path, number, line)
+        if row is None:
+            tally.ignored_last_line = True
+            continue
+        tally.replace(row.get("key"))
+        if row.get("error") is not None and row.get(request.completion) is None:
+            tally.add_failed(index, row.get("key"))
+        else:
+            completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
+            tally.add(index, task.score(completion, target))
+        index += 1
+    if index == 0:
+        cut = " Its only line is not JSON." if tally.ignored_last_line else ""
+        raise ConfigFailure(f"{request.path} has no rows to score.{cut}")
+    return tally
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Every line that is not blank with its number, counted from 1. The file is read as bytes, line by line."""
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise ConfigFailure(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from error
+
+
+def _row(path: str, number: int, line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None for a last line that lacks its newline and does not parse: a write was cut short."""
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        if not line.endswith(b"\n"):
+            return None
+        raise BadRecord(
+            f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8.",
+            "Convert the file: iconv -f LATIN1 -t UTF-8 (if that is what it is in).",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        if not line.endswith(b"\n"):
+            return None
+        raise BadRecord(f"{path}, line {number}: not JSON: {error}.", "The file holds one object a line.") from error
+    if not isinstance(row, dict):
+        raise BadRecord(f"{path}, line {number}: not an object with named fields.")
+    return row
+
+
+def _text(request: Request, number: int, row: dict[str, Any], name: str) -> str:
+    """The text of a field; a number may stand for a target. Raises BadRecord naming the line."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    is_target = name == request.target
+    if is_target and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if value is None:
+        raise BadRecord(
+            f"{request.path}, line {number}: no field {name!r}; it has: {', '.join(row) or 'nothing'}.",
+            f"Name the field that holds the {'target' if is_target else 'completion'}: "
+            f"--{'target' if is_target else 'completion'} FIELD.",
+        )
+    raise BadRecord(f"{request.path}, line {number}: the field {name!r} holds no text.")
+
+
+def _document(request: Request, tally: _Tally) -> Iterator[str]:
+    """The answer as JSON in pieces, so that the rows never stand in memory as text."""
+    counts = {
+        rule: {
+            "correct": sum(each[place] == 1.0 for each in tally.scores.values()),
+            "scored": sum(each[place] is not None for each in tally.scores.values()),
+            "unscored": sum(each[place] is None for each in tally.scores.values()),
+        }
+        for place, rule in enumerate(tally.rules)
+    }
+    head = {
+        "task": request.task,
+        "n": len(tally.scores),
+        "rules": counts,
+        "ignored_last_line": tally.ignored_last_line,
+        "disagreements": tally.disagreements,
+    }
+    yield json.dumps(head)[:-1] + ', "rows": ['
+    written = {scores: json.dumps(dict(zip(tally.rules, scores, strict=True))) for scores in set(tally.scores.values())}
+    for place, (index, scores) in enumerate(tally.scores.items()):
+        yield f'{"," if place else ""}\n{{"index": {index}, "scores": {written[scores]}}}'
+    yield "\n]}\n"

@@ -1,0 +1,79 @@
+"""What `auto` became, and the fingerprint of everything that changes results: settled once, kept to by every attempt."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timezone
+from typing import Any
+
+from jobs import durable, rundir, spec
+from worker import models
+from worker.failures import FingerprintChanged
+from worker.plan import Prepared
+
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", "instruction", "split")
+
+
+def now() -> str:
+    """The time as UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
+    """Write resolved.json in the first attempt; later ones must come to the same, else FingerprintChanged explains."""
+    found = resolved(prepared)
+    known = durable.load_json(run.resolved)
+    if known is None:
+        durable.save_json(run.resolved, found)
+        return found
+    if known["fingerprint"] != found["fingerprint"]:
+        raise FingerprintChanged(
+            f"This is not the measurement the run began with: {differences(known['identity'], found['identity'])}. "
+            "Rows of both would not be comparable, so nothing was generated; the rows so far are untouched.",
+            "Put things back as they were and resume, or start a new run.",
+        )
+    return dict(known)
+
+
+def resolved(prepared: Prepared) -> dict[str, Any]:
+    """The document of resolved.json; `identity` is what the fingerprint is taken of."""
+    identity = _identity(prepared)
+    warnings = [finding.message for finding in prepared.findings if finding.level == "warning"]
+    return {
+        "fingerprint": hashlib.sha256(spec.canonical(identity)).hexdigest(),
+        "identity": identity,
+        "device": str(models.choose_device(prepared.request.device)),
+        "model": prepared.params["model"],
+        "first_prompt": prepared.first_prompt,
+        "warnings": warnings,
+        "rules": list(prepared.task.RULES),
+        "headline": prepared.task.HEADLINE,
+    }
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """Everything that changes what a key's row says. Batch size, paths, device and the number of samples do not."""
+    request = prepared.request
+    device = models.choose_device(request.device)
+    return {
+        "task": prepared.task.NAME,
+        "task_version": prepared.task.VERSION,
+        "model_digest": models.digest(request.model, request.revision),
+        "adapter_digest": models.digest(request.adapter, None) if request.adapter else None,
+        "template_digest": prepared.renderer.template_digest,
+        "dataset_digest": prepared.dataset_digest,
+        "engine": "hf",
+        "dtype": str(models.choose_dtype(request.dtype, device)).removeprefix("torch."),
+        **{name: prepared.params[name] for name in _SAMPLING},
+    }
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Every entry that is not the same, in words."""
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}" for name in names)
+
+
+def _short(value: Any) -> str:
+    words = "unset" if value is None else str(value)
+    return words if len(words) <= 24 else words[:16] + "…"

@@ -1,0 +1,251 @@
+"""GSM8K, grade-school word problems: prompts, the number found in a solution, and three rules to score it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from worker.failures import BadRecord
+from worker.tasks import Example, Verdict
+
+NAME = "gsm8k"
+VERSION = "1"
+RULES = ("numeric", "strict", "flexible")
+"""`numeric` is ours; `strict` and `flexible` are strict-match and flexible-extract of lm-evaluation-harness 0.4.13."""
+HEADLINE = "numeric"
+
+_MARK = "####"
+_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_ID_DIGITS = 12  # 48 bits: over 10,000 questions, two share an id with a chance of 2 in 10 million
+_ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator annotations of Cobbe et al. 2021, e.g. <<3*4=12>>
+
+# lm-evaluation-harness 0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml, task version 3: `filter_list` and `regexes_to_ignore`.
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+_FINAL_DOT = re.compile(r"\.$")
+
+_NUMBER_PATTERN = r"""
+    (?P<sign>(?<![\w)\]}])-)?          # after a word or a bracket it subtracts
+    \$?
+    (?:
+        (?:(?P<whole>[0-9]{1,9})[ ])?  # 2 1/2
+        (?P<over>[0-9]{1,9})/(?P<under>[0-9]{1,9})(?![0-9])
+      | (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?P<decimals>\.[0-9]+)?
+      | (?<![0-9])(?P<only_decimals>\.[0-9]+)
+    )"""
+_NUMBER = re.compile(_NUMBER_PATTERN, re.VERBOSE)
+_NUMBER_FIRST = re.compile(r"\W*?" + _NUMBER_PATTERN, re.VERBOSE)
+_LATEX_FRACTION = re.compile(r"([0-9]?)\\[dt]?frac\{ *([0-9]+) *\}\{ *([0-9]+) *\}")
+_SPELLINGS = (
+    ("\N{MINUS SIGN}", "-"),
+    ("\N{NO-BREAK SPACE}", ","),  # between groups of three digits; anywhere else a comma does no harm
+    ("\N{NARROW NO-BREAK SPACE}", ","),
+    ("\N{THIN SPACE}", ","),
+    ("{,}", ","),
+    (r"\,", ","),
+    (r"\!", ""),
+    (r"\$", "$"),
+)
+
+
+def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
+    """Every record (`question`, `answer` ending in `#### N`, perhaps `id` and `subject`) as an Example, in order.
+
+    Without an `id`, the id comes from the question's SHA-256, so no filter or order changes it; the second record
+    with the same question gets `-2`, and so on. Raises BadRecord naming the row, counted from 1, and what it lacks.
+    """
+    found: list[Example] = []
+    row_of: dict[str, int] = {}
+    times: dict[str, int] = {}
+    for row, record in enumerate(records, start=1):
+        question = _question(record, row)
+        solution = _solution(record, row)
+        name = _given_id(record, row)
+        if name is None:
+            name = hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_DIGITS]
+            times[name] = times.get(name, 0) + 1
+            name = name if times[name] == 1 else f"{name}-{times[name]}"
+        if name in row_of:
+            raise BadRecord(f"row {row} has the same id as row {row_of[name]}: {name!r}", "Give every row its own id.")
+        row_of[name] = row
+        subject = record.get("subject")
+        found.append(Example(name, question, gold(solution), None if subject is None else str(subject), solution))
+    return found
+
+
+def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
+    """The chat: each shot as a user and an assistant turn, then the question alone.
+
+    Zero-shot is the bare question: chat models of today reason and mark their answer unasked, and the numeric rule
+    reads the usual marks. An `instruction` is appended to every question, the shots' too, after a newline.
+    """
+    turns: list[dict[str, str]] = []
+    suffix = f"\n{instruction}" if instruction else ""
+    for shot in shots:
+        turns.append({"role": "user", "content": shot.problem + suffix})
+        turns.append({"role": "assistant", "content": shot.solution or f"{_MARK} {shot.target}"})
+    turns.append({"role": "user", "content": example.problem + suffix})
+    return turns
+
+
+def score(completion: str, target: str) -> Verdict:
+    """What each rule finds and how it scores: 1.0 for the gold number, else 0.0, also when nothing is found.
+
+    The target may be a whole reference solution. A target without a number cannot be scored numerically: None.
+    """
+    reference = gold(target)
+    number = canonical_number(reference)
+    answers: dict[str, str | None] = {
+        "numeric": canonical_number(completion),
+        "strict": _strict_match(completion),
+        "flexible": _flexible_extract(completion),
+    }
+    plain = _without_ignored(reference)
+    scores: dict[str, float | None] = {
+        rule: float(answer is not None and _without_ignored(answer) == plain) for rule, answer in answers.items()
+    }
+    scores["numeric"] = None if number is None else float(answers["numeric"] == number)
+    return Verdict(answers, scores)
+
+
+def gold(target: str) -> str:
+    """The answer of a reference solution: what follows its last `####`; of any other text, the text itself."""
+    return target.rpartition(_MARK)[2].strip()
+
+
+def canonical_number(text: str) -> str | None:
+    """The number a text settles on, written in one way only, so that equal numbers are equal strings; None without one.
+
+    It is the number right after the last `####`. Where something else follows (`#### Step 2`, a heading), what comes
+    after the mark is read like a text without marks: the last number in the last `\\boxed{…}`, else the last number.
+    Written without separators, currency and needless zeros; a fraction as a decimal where that is exact, else reduced.
+    """
+    text = _respelled(text)
+    _, mark, after = text.rpartition(_MARK)
+    found = _NUMBER_FIRST.match(after) if mark else None
+    if found is None and mark:
+        found = _settled(after)
+    found = found or _settled(text)
+    return None if found is None else _canonical(found)
+
+
+def _question(record: Mapping[str, Any], row: int) -> str:
+    question = _field(record, "question", row)
+    if not isinstance(question, str) or not question.strip():
+        raise BadRecord(f"row {row}: the field 'question' must be a text that is not empty")
+    return question
+
+
+def _solution(record: Mapping[str, Any], row: int) -> str:
+    """The reference solution as a model should write it: no calculator annotations, `#### N` last."""
+    answer = _field(record, "answer", row)
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str):
+        raise BadRecord(f"row {row}: the field 'answer' must be a text ending in '#### N'")
+    final = _respelled(gold(answer))
+    found = _NUMBER_FIRST.match(final)
+    if found is None or (_MARK not in answer and found.end() < len(final.rstrip(".%"))):
+        raise BadRecord(
+            f"row {row}: the field 'answer' has no gold number: {answer[-60:]!r}", "An answer ends in '#### N'."
+        )
+    return _ANNOTATION.sub("", answer) if _MARK in answer else f"{_MARK} {gold(answer)}"
+
+
+def _given_id(record: Mapping[str, Any], row: int) -> str | None:
+    given = record.get("id")
+    if given is None:
+        return None
+    name = str(given)
+    if isinstance(given, bool) or not isinstance(given, (str, int)) or not _ID.fullmatch(name):
+        raise BadRecord(
+            f"row {row}: the id {name[:120]!r} cannot be used",
+            "An id is 1 to 100 letters, digits, dots, dashes or underscores; without the field, ids are made.",
+        )
+    return name
+
+
+def _field(record: Mapping[str, Any], name: str, row: int) -> Any:
+    if record.get(name) is None:
+        raise BadRecord(
+            f"row {row} has no field {name!r}; it has: {', '.join(map(str, record)) or 'nothing'}",
+            "GSM8K rows hold 'question' and 'answer'.",
+        )
+    return record[name]
+
+
+def _strict_match(text: str) -> str | None:
+    found = _STRICT.search(text)
+    return found[1] if found else None
+
+
+def _flexible_extract(text: str) -> str | None:
+    found = _FLEXIBLE.findall(text)
+    return found[-1] if found else None
+
+
+def _without_ignored(text: str) -> str:
+    """The text as lm-evaluation-harness compares it: its `regexes_to_ignore` deleted in order, lower case."""
+    text = text.replace(",", "").replace("$", "").rpartition("#### ")[2]
+    return _FINAL_DOT.sub("", text).lower()
+
+
+def _respelled(text: str) -> str:
+    """The text with typographic and LaTeX spellings of numbers made plain."""
+    for spelling, plain in _SPELLINGS:
+        text = text.replace(spelling, plain)
+    if "frac{" in text:
+        text = _LATEX_FRACTION.sub(lambda found: f"{found[1]}{' ' if found[1] else ''}{found[2]}/{found[3]}", text)
+    return text
+
+
+def _settled(text: str) -> re.Match[str] | None:
+    """The last number in the last `\\boxed{…}` of a text, else its last number."""
+    box = _boxed(text)
+    return (_last_number(box) if box is not None else None) or _last_number(text)
+
+
+def _boxed(text: str) -> str | None:
+    """What the last `\\boxed{…}` holds, to its matching brace, or to the end of a text that was cut off."""
+    _, box, after = text.rpartition(r"\boxed{")
+    if not box:
+        return None
+    depth = 1
+    for at, character in enumerate(after):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return after[:at]
+    return after
+
+
+def _last_number(text: str) -> re.Match[str] | None:
+    last = None
+    for last in _NUMBER.finditer(text):  # noqa: B007 — the loop is for the last one
+        pass
+    return last
+
+
+def _canonical(found: re.Match[str]) -> str:
+    if found["over"] is not None:
+        number = _canonical_fraction(int(found["whole"] or 0), int(found["over"]), int(found["under"]))
+    else:  # by its digits, since a float would round and an int of thousands of digits is refused
+        decimals = (found["decimals"] or found["only_decimals"] or "").rstrip("0").rstrip(".")
+        number = ((found["digits"] or "").replace(",", "").lstrip("0") or "0") + decimals
+    return "-" + number if found["sign"] and number != "0" else number
+
+
+def _canonical_fraction(whole: int, over: int, under: int) -> str:
+    """`whole + over/under` as a decimal where one is exact, else as a reduced fraction."""
+    if under == 0:
+        return f"{over}/0"  # equal to no gold number
+    value = whole + Fraction(over, under)
+    places = 0
+    while places <= 30 and 10**places % value.denominator:  # 30 > log2(10**9): no more can help
+        places += 1
+    if places > 30:
+        return f"{value.numerator}/{value.denominator}"
+    digits = str(value.numerator * 10**places // value.denominator).rjust(places + 1, "0")
+    return f"{digits[:-places]}.{digits[-places:]}" if places else digits
