@@ -17,7 +17,7 @@ STORIES = ("evaluate",)
 """What a worker can do; each is a module of that name on the machine side."""
 TYPES = ("text", "integer", "number", "flag")
 CATALOG = Path(__file__).parent / "catalog"
-_COMMON = Path(__file__).parent / "parameters.toml"
+_COMMON = Path(__file__).parent / "common" / "parameters.toml"
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _TOP_KEYS = ("name", "summary", "story", "task", "needs", "parameters")
 _PARAMETER_KEYS = ("type", "default", "help", "min", "max", "choices", "words")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import sequential, spec
+from jobs import spec
 from orchestrator import agents, clock, config, runs, transport
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.runs import Record, Run
@@ -135,6 +135,8 @@ def _existing(key: str, path: Path) -> Path:
 
 def _check_expectation(params: dict[str, Any]) -> None:
     if params.get("expect"):
+        from jobs import sequential
+
         try:
             sequential.Expectation.parse(params["expect"])
         except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import heapq
 import json
@@ -13,9 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import durable
+
+if TYPE_CHECKING:
+    import jinja2
 
 Json = Mapping[str, Any]
 SUBJECTS_MAX = 200
@@ -24,10 +28,8 @@ _Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _WAYS = ("first", "mean", "majority", "oracle")
 _NOT_SHARES = re.compile(r"perplexity|ppl|loss|bits|log|second|token|length", re.IGNORECASE)
 # What a page cannot show is made visible: control characters as their pictures, lone surrogates as U+FFFD.
-_VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-_VISIBLE |= {0x7F: 0x2421, **dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)}
-# Inside <script> only these could end the block early or, to a reader of old, the line.
-_ESCAPES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+_ESCAPED = "<>&\u2028\u2029"  # could end <script> early or, to a reader of old, a line in it
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,25 @@ def render(
     `selections`: example id → its line of selections.jsonl. `job`: job.json, with `machine`, `started_at` and
     `finished_at` of the run's record where known. Any key may be missing or null, and any text may be hostile.
     """
-    import jinja2
     from markupsafe import Markup
 
     intake = Intake(limits)
     for row in rows:
         intake.add(row)
+    view = _view(summary, intake, job)
+    rerankers = [figure.name for figure in view["ways"] if figure.name not in _WAYS]
+    view["failed"] = sum(isinstance(line, Mapping) and line.get("error") is not None for line in selections.values())
+    view["data"] = (Markup(piece) for piece in _data(intake, selections, rerankers))  # noqa: S704 - see _encode
+    view["css"] = Markup(_asset("report.css"))  # noqa: S704 - our own file
+    view["js"] = Markup(_asset("report_theme.js") + _asset("report.js"))  # noqa: S704 - our own files
+    yield from _template().generate(view, digest=_digest)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    import jinja2
+    from markupsafe import Markup
+
     environment = jinja2.Environment(
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -70,13 +85,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    view = _view(summary, intake, job)
-    rerankers = [figure.name for figure in view["ways"] if figure.name not in _WAYS]
-    view["data"] = (Markup(piece) for piece in _data(intake, selections, rerankers))  # noqa: S704 - see _encode
-    view["css"] = Markup(_asset("report.css"))  # noqa: S704 - our own file
-    view["js"] = Markup(_asset("report_theme.js") + _asset("report.js"))  # noqa: S704 - our own files
-    view["failed_selections"] = sum(bool(line and line.get("error")) for line in selections.values())
-    yield from environment.get_template("report.html.j2").generate(view, digest=_digest)
+    return environment.get_template("report.html.j2")
 
 
 def _asset(name: str) -> str:
@@ -85,9 +94,6 @@ def _asset(name: str) -> str:
 
 def _digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-# --- what was read ---------------------------------------------------------------------------------------------------
 
 
 class Mark(NamedTuple):
@@ -232,7 +238,12 @@ def _text(value: Any) -> str | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.replace("\r\n", "\n").translate(_VISIBLE)
+    return _HIDDEN.sub(_visible, text.replace("\r\n", "\n"))
+
+
+def _visible(hidden: re.Match[str]) -> str:
+    code = ord(hidden[0])
+    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
 def _shown(value: Any, chars: int) -> Any:
@@ -244,12 +255,12 @@ def _shown(value: Any, chars: int) -> Any:
     return [_text(text[:start]), len(text) - chars, _text(text[start - chars :])]
 
 
-# --- the page's data, for its script ---------------------------------------------------------------------------------
-
-
 def _encode(value: Any) -> str:
     """JSON that can stand inside <script>, whatever is in it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char in _ESCAPED:
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
 
 
 def _data(intake: Intake, selections: Mapping[str, Json], rerankers: Sequence[str]) -> Iterator[str]:
@@ -288,9 +299,6 @@ def _choice(line: Any, candidates: Sequence[Json], rerankers: Sequence[str]) -> 
     scores = {_text(key): _number(score) for key, score in scores.items()} if isinstance(scores, Mapping) else {}
     error = _shown(line.get("error"), 500)
     yield {"by": name or "re-ranker", "n": _number(line.get("sample_index")), "scores": scores, "error": error}
-
-
-# --- the numbers of the page -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     watch = Watch(job["params"]["expect"], run, prepared.items)
     with rows.Appender(attempt.rows) as out:
         if todo:
-            progress.phase("loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo))
+            progress.phase(
+                "loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo)
+            )
             generator = plan.generator(prepared, say)
             durable.save_json(attempt.env, facts.environment())
             progress.phase("generating")

@@ -130,7 +130,9 @@ def choose_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigFailure(f"device={name} is not a device torch knows.", "Use auto, cuda, cuda:N, mps or cpu.") from error
+        raise ConfigFailure(
+            f"device={name} is not a device torch knows.", "Use auto, cuda, cuda:N, mps or cpu."
+        ) from error
     missing = (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not has_mps)
     if missing:
         raise ConfigFailure(f"device={name} was asked for, but torch finds none here.", "--set device=auto")
@@ -213,7 +215,9 @@ def _check_folder(request: ModelRequest) -> None:
     folder = Path(request.model)
     if not folder.is_dir():
         if request.model.startswith((".", "/", "~")) or request.model.count("/") > 1 or folder.exists():
-            raise ConfigFailure(f"model={request.model}: there is no such folder.", "Check the path, or use a Hub name.")
+            raise ConfigFailure(
+                f"model={request.model}: there is no such folder.", "Check the path, or use a Hub name."
+            )
         return
     if (folder / "config.json").is_file():
         return
@@ -320,7 +324,9 @@ def _reason(error: BaseException, request: ModelRequest) -> tuple[str, str]:
             "If you trust its authors: --set trust_remote_code=true",
         )
     if "does not recognize this architecture" in text:
-        return _first_line(error), "The model is newer than the transformers installed here, or its config.json is wrong."
+        return _first_line(
+            error
+        ), "The model is newer than the transformers installed here, or its config.json is wrong."
     if "out of memory" in text:
         return "it does not fit into the memory of the device.", "Use a larger GPU, or --set dtype=bfloat16."
     return f"{_first_line(error)} ({type(error).__name__})", "Check the folder or name, and that no file is cut short."

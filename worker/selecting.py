@@ -39,9 +39,7 @@ def _candidates(paths: Iterable[Path]) -> Iterable[tuple[str, list[rows.Row]]]:
     found: dict[str, list[rows.Row]] = defaultdict(list)
     for row in rows.read(paths):
         if row["error"] is None:
-            found[row["example_id"]].append(
-                {name: row[name] for name in ("example_id", "sample_index", "completion")}
-            )
+            found[row["example_id"]].append({name: row[name] for name in ("example_id", "sample_index", "completion")})
     return [(name, sorted(rows_, key=lambda row: row["sample_index"])) for name, rows_ in found.items()]
 
 

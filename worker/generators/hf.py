@@ -189,7 +189,9 @@ class Flight:
         """Prefills the prompts, equal ones once, draws their first tokens, and seats those that go on."""
         import torch
 
-        self.finished += [(prompt, failed(prompt, "the prompt has no tokens")) for prompt in prompts if not prompt.token_ids]
+        self.finished += [
+            (prompt, failed(prompt, "the prompt has no tokens")) for prompt in prompts if not prompt.token_ids
+        ]
         prompts = [prompt for prompt in prompts if prompt.token_ids]
         if not prompts:
             return

@@ -13,8 +13,8 @@ INCREMENT = 0x9E3779B97F4A7C15
 MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
 
-CANDIDATES = 256
-"""How many of the likeliest tokens are looked at first; a nucleus that does not fit in them is found by a full sort."""
+CANDIDATES, WIDENING = 64, 16
+"""How many of the likeliest tokens are looked at first, and how many times more when the nucleus does not fit in them."""
 
 NOT_A_TOKEN = -1
 """What `greedy` and `draw` give for a row whose scores are not numbers."""
@@ -66,25 +66,26 @@ def draw(logits: Any, temperature: float, top_p: float, keys: Any) -> Any:
         every_token = torch.arange(scores.shape[1], device=scores.device)[None]
         return _finite(*(scores.double() + gumbel(keys, every_token)).max(dim=-1))
     norm = scores.logsumexp(dim=-1, keepdim=True).double()  # (B, 1)
-    tokens, whole = _draw_among(scores, norm, top_p, keys)
-    if not whole.all():
-        rows = (~whole).nonzero()[:, 0]
-        tokens[rows], _ = _draw_among(scores[rows], norm[rows], top_p, keys[rows], scores.shape[1])
+    tokens, whole = _draw_among(CANDIDATES, scores, norm, top_p, keys)
+    limit, rows = CANDIDATES, torch.arange(len(scores), device=scores.device)
+    while not whole.all():
+        limit, rows = limit * WIDENING, rows[~whole]
+        tokens[rows], whole = _draw_among(limit, scores[rows], norm[rows], top_p, keys[rows])
     return tokens
 
 
-def _draw_among(scores: Any, norm: Any, top_p: float, keys: Any, limit: int = CANDIDATES) -> tuple[Any, Any]:
-    """A token per row drawn among its `limit` likeliest, and whether those held the whole nucleus."""
+def _draw_among(limit: int, scores: Any, norm: Any, top_p: float, keys: Any) -> tuple[Any, Any]:
+    """A token per row drawn among its `limit` likeliest, and whether those held the whole nucleus, each (B)."""
     values, token_ids = scores.topk(min(limit, scores.shape[1]), dim=-1)  # (B, K), falling
     values = values.double()
     masses = (values - norm).exp()
     needed = (masses.cumsum(dim=-1) - masses < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
     least = values.gather(1, needed - 1)
     # A nucleus that reaches the last candidate's score may go on among the tokens not looked at.
-    whole = (least > values[:, -1:])[:, 0] | (values.shape[1] == scores.shape[1]) | norm[:, 0].isnan()
+    whole = (least > values[:, -1:])[:, 0] | (limit >= scores.shape[1])
     noisy = (values + gumbel(keys, token_ids)).masked_fill_(values < least, float("-inf"))
-    best, places = noisy.max(dim=-1, keepdim=True)
-    return _finite(best[:, 0], token_ids.gather(1, places)[:, 0]), whole
+    best, places = noisy.max(dim=-1)
+    return _finite(best, token_ids.gather(1, places[:, None])[:, 0]), whole
 
 
 def _finite(best: Any, tokens: Any) -> Any:

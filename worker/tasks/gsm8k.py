@@ -36,6 +36,7 @@ _NUMBER_PATTERN = r"""
       | (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?P<decimals>\.[0-9]+)?
       | (?<![0-9])(?P<only_decimals>\.[0-9]+)
     )"""
+_NUMBER_CHARACTERS = "0123456789 -$,./"  # whatever _NUMBER matches is made of these alone
 _NUMBER = re.compile(_NUMBER_PATTERN, re.VERBOSE)
 _NUMBER_FIRST = re.compile(r"\W*?" + _NUMBER_PATTERN, re.VERBOSE)
 _LATEX_FRACTION = re.compile(r"([0-9]?)\\[dt]?frac\{ *([0-9]+) *\}\{ *([0-9]+) *\}")
@@ -222,8 +223,11 @@ def _boxed(text: str) -> str | None:
 
 
 def _last_number(text: str) -> re.Match[str] | None:
+    """The last number of a text. Only the run of characters that holds its last digit is looked through."""
+    last_digit = max(map(text.rfind, "0123456789"))
+    run = len(text[: last_digit + 1].rstrip(_NUMBER_CHARACTERS))
     last = None
-    for last in _NUMBER.finditer(text):  # noqa: B007 — the loop is for the last one
+    for last in _NUMBER.finditer(text, run):  # noqa: B007 — the loop is for the last one
         pass
     return last
 

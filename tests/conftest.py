@@ -1,0 +1,126 @@
+"""What tests share: no network, no real home, and a light story that makes real rows on a real supervisor."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import rundir, spec
+from orchestrator import agents, config, planning, runs, transport
+from orchestrator.runs import Record, Run
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT.parent / "shared" / "data"
+"""Real benchmark files, where a developer has them beside the project."""
+COUNTING = '''
+"""A story for tests: makes rows at a given pace, and misbehaves as told."""
+import os, signal, subprocess, sys, time
+from jobs import durable, rows
+from worker.failures import ConfigFailure
+from worker.progress import Progress
+
+def work(run, attempt, job):
+    params = job["params"]
+    progress = Progress(attempt.progress)
+    done = rows.Index()
+    for path in [run.home, *(each.rows for each in run.attempts())]:
+        rows.index(path, done)
+    if params.get("refuse"):
+        raise ConfigFailure("the dataset is not one", "take another")
+    if params.get("ignore_term"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if params.get("escape"):
+        code = "import os, time\\nif os.fork(): os._exit(0)\\nos.setsid()\\nif os.fork(): os._exit(0)\\ntime.sleep(600)"
+        subprocess.Popen([sys.executable, "-c", code]).wait()
+    todo = [index for index in range(params["count"]) if not done.keys.get(f"t/s/{index}#0")]
+    progress.phase("counting", rows_total=params["count"], rows_before=params["count"] - len(todo))
+    with rows.Appender(attempt.rows) as out:
+        for made, index in enumerate(todo):
+            if params.get("crash_after") == made:
+                sys.exit(7)
+            out.append({"key": f"t/s/{index}#0", "error": None, "example_id": str(index), "sample_index": 0,
+                        "completion": "x" * params.get("size", 10), "answer": str(index), "target": str(index),
+                        "score": 1.0, "answers": {}, "scores": {}, "tokens_in": 1, "tokens_out": 1,
+                        "finish_reason": "stop", "subject": None, "seed": index, "at": "2026-01-01T00:00:00.000Z"})
+            progress.rows(out.synced)
+            print("row", index, flush=True)
+            time.sleep(params.get("pace_s", 0))
+'''
+
+
+@pytest.fixture(autouse=True)
+def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has its own home, state folder and working folder, and no account keys."""
+    for name in ("LAMBDA_API_KEY", "VAST_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("GPU_HOME", str(tmp_path / "state"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
+def counting_agent() -> str:
+    """A snapshot of the worker's code that has the counting story in it."""
+    files = agents.sources() | {"worker/counting.py": COUNTING.encode()}
+    name = agents.digest(files)
+    agents.write(files, config.state_folder() / "agents" / name)
+    return name
+
+
+@pytest.fixture
+def counting_run(counting_agent: str) -> Iterator[Callable[..., Run]]:
+    """Makes runs of the counting story; at the end of the test all of them are stopped."""
+    made: list[Run] = []
+
+    def make(**params: Any) -> Run:
+        run_id = runs.new_run_id("counting", None)
+        job = {"schema": spec.SCHEMA, "run_id": run_id, "job": "counting", "story": "counting", "task": "t"}
+        job |= {"params": {"count": 20, "model": "none", **params}, "limit": None}
+        record = Record(run_id, "counting", "local", counting_agent, sys.executable, str(Path.cwd()), "2026-01-01")
+        made.append(runs.create(record, job))
+        return made[-1]
+
+    yield make
+    for run in made:
+        machine = planning.this_computer()
+        words = transport.agent_words(machine, run.record.agent, "stop", run.run_id, "0")
+        if (machine.root / "agent" / run.record.agent).exists():
+            transport.ask(machine, words)
+
+
+@pytest.fixture
+def on_machine() -> Callable[[Run], rundir.Run]:
+    """The folder of a run as its machine (this computer) has it."""
+    return lambda run: rundir.Run(planning.this_computer().root / "runs" / run.run_id)
+
+
+def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
+    """What `condition` returns once it is true; fails the test when the deadline passes first."""
+    deadline = time.monotonic() + within_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+    return found
+
+
+def data_folder(name: str) -> Path:
+    """A folder of real benchmark files; the test is skipped, saying so, where there is none."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"no benchmark files: {folder.name} is not beside the project")
+    return folder
+
+
+def free_copy(source: Path, target: Path) -> Path:
+    """A writable copy of a file or folder."""
+    if source.is_dir():
+        return Path(shutil.copytree(source, target))
+    return Path(shutil.copy(source, target))
