@@ -16,7 +16,8 @@ def write(run: Run) -> dict[str, Any]:
 
     document = count(run)
     durable.save_json(run.home.summary, document)
-    report.write(run.home.report, report.Page(document, finals(run), choices(run), run.job()))
+    job = {**run.job(), "machine": run.record.machine, "started_at": run.record.started_at}
+    report.write(run.home.report, document, finals(run), choices(run), job)
     return document
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir
-from worker import facts, plan, resolve, selecting
+from worker import facts, models, plan, resolve, selecting
 from worker.expectation import Watch
-from worker.generators import Completion
+from worker.generators import Completion, Generator
+from worker.generators.hf import HfGenerator
 from worker.plan import Item
 from worker.progress import Progress
 
@@ -16,8 +18,8 @@ from worker.progress import Progress
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     """Make and score every completion that is missing; returns when all rows are durable. Raises WorkerFailure."""
     progress = Progress(attempt.progress)
-    prepared = plan.prepare(job, run.folder, progress.phase)
-    plan.refuse_bad_prompts(prepared)
+    prepared = plan.prepare(job, run, progress.phase)
+    plan.refuse_bad_prompts(prepared, say)
     resolve.settle(run, prepared)
     done = finished(run)
     todo = [item for item in prepared.items if not done.get(item.key)]
@@ -27,7 +29,7 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
             progress.phase(
                 "loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo)
             )
-            generator = plan.generator(prepared, say)
+            generator = engine(prepared)
             durable.save_json(attempt.env, facts.environment())
             progress.phase("generating")
             by_key = {item.key: item for item in todo}
@@ -47,8 +49,14 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says: findings about the prompts and how much would be generated. No model is loaded."""
-    prepared = plan.prepare(job, None, say)
-    return plan.described(prepared)
+    with tempfile.TemporaryDirectory() as scratch:
+        return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
+
+
+def engine(prepared: plan.Prepared) -> Generator:
+    """The model, loaded by the engine the run uses."""
+    size = prepared.params["batch_size"]
+    return HfGenerator(models.load_model(prepared.request), None if size == "auto" else size, say)
 
 
 def finished(run: rundir.Run) -> dict[str, bool]:
@@ -61,7 +69,7 @@ def finished(run: rundir.Run) -> dict[str, bool]:
     return found.keys
 
 
-def row_files(run: rundir.Run) -> Iterable[Any]:
+def row_files(run: rundir.Run) -> list[Path]:
     """Every file of rows this run has on this machine, those from home first."""
     return [run.home, *(attempt.rows for attempt in run.attempts())]
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker import generators, models, prompts, sources, tasks, tiny
+from jobs import durable, rundir
+from worker import builtin, models, prompts, sources, tasks, tiny
 from worker.failures import ConfigFailure
 from worker.generators import Prompt, Sampling
 from worker.tasks import Example, Task
 
-_SHOTS_SPLIT = "train"
-HUB_DATASETS = {"gsm8k": "openai/gsm8k"}
+HUB_DATASET = "openai/gsm8k"
 """What `dataset=auto` is for a real model; the built-in one is asked the problems it was made for."""
 
 
@@ -46,38 +45,154 @@ class Prepared:
     dataset_digest: str
 
 
-def prepare(job: dict[str, Any], folder: Path | None, say: Callable[[str], None]) -> Prepared:
-    """Read the dataset, render and check every prompt. `folder` is the run's; None prepares without training a model.
+def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) -> Prepared:
+    """Read the dataset, render and check every prompt. Trains the built-in model when it is asked for and not there.
 
     Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands in `findings`.
     """
-    params = job["params"]
-    task = tasks.get(job["task"])
+    model = builtin.folder(run, say) if job["params"]["model"] == builtin.NAME else None
+    return _prepare(job, _request(job["params"], model, _known(run)), say)
+
+
+def rehearse(job: dict[str, Any], scratch: Path, say: Callable[[str], None]) -> Prepared:
+    """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
+    model = None
+    if job["params"]["model"] == builtin.NAME:
+        tiny.save_tokenizer(scratch)
+        model = scratch
+    return _prepare(job, _request(job["params"], model, {}), say)
+
+
+def refuse_bad_prompts(prepared: Prepared, say: Callable[[str], None]) -> None:
+    """Show the first prompt and every finding; raises ConfigFailure when one of them is an error."""
+    say(f"The first prompt:\n{prepared.first_prompt}")
+    for finding in prepared.findings:
+        say(f"{finding.level}: {finding.message} {finding.hint}")
+    errors = [finding for finding in prepared.findings if finding.level == "error"]
+    if errors:
+        message = " ".join(finding.message for finding in errors)
+        raise ConfigFailure(f"{message} The first prompt:\n{prepared.first_prompt}", errors[0].hint)
+
+
+def described(prepared: Prepared) -> dict[str, Any]:
+    """What a dry run answers."""
+    lengths = [len(item.prompt.token_ids) for item in prepared.items]
+    return {
+        "examples": len({item.example.id for item in prepared.items}),
+        "rows_total": len(prepared.items),
+        "tokens_in": {"max": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
+        "first_prompt": prepared.first_prompt,
+        "findings": [dict(finding.__dict__) for finding in prepared.findings],
+    }
+
+
+def seed_of(run_seed: int, key: str) -> int:
+    """The seed of one completion, 63 bits: a hash, so that it depends on nothing else that is asked."""
+    return int.from_bytes(hashlib.sha256(f"{run_seed}\0{key}".encode()).digest()[:8], "big") >> 1
+
+
+def _prepare(job: dict[str, Any], request: models.ModelRequest, say: Callable[[str], None]) -> Prepared:
+    params, task = job["params"], tasks.get(job["task"])
     say("reading the dataset")
-    dataset, examples, shots = _examples(params, task, job["limit"])
-    request = _model_request(params, folder, say)
+    records = sources.load(_source(params, params["split"]))
+    examples = task.examples(records.rows)[: job["limit"]]
+    _refuse_twins(examples, records.name)
+    shots = _shots(params, task)
     renderer = prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
-    sampling = Sampling(
-        temperature=params["temperature"],
-        top_p=params["top_p"],
-        max_new_tokens=params["max_new_tokens"],
-        stop=(params["stop"],) if params["stop"] else (),
-    )
     say(f"rendering {len(examples)} prompts")
-    rendered = [_render(renderer, task, example, shots, params["instruction"] or "") for example in examples]
-    items = [
-        _item(job, example, sample, prompt)
-        for example, prompt in zip(examples, rendered, strict=True)
-        for sample in range(params["samples"])
-    ]
+    rendered = [_render(renderer, task, example, shots, params) for example in examples]
+    sampling = _sampling(params)
     return Prepared(
         params=params,
         task=task,
         request=request,
         renderer=renderer,
         sampling=sampling,
-        items=items,
-        findings=prompts.check(rendered, _prompt_facts(request, renderer, sampling, params["samples"])),
-        first_prompt=prompts.first_prompt_shown(rendered[0], renderer),
-        dataset_digest=dataset.digest,
+        items=[
+            _item(job, example, prompt, sample, renderer)
+            for example, prompt in zip(examples, rendered, strict=True)
+            for sample in range(params["samples"])
+        ],
+        findings=prompts.check(rendered, renderer, _facts(request, sampling, params["samples"])),
+        first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
+        dataset_digest=records.digest,
     )
+
+
+def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
+    """Which model to load. What an earlier attempt resolved is kept to: its dtype, and the commit of a Hub model."""
+    digest = str(known.get("model_digest", ""))
+    commit = digest.removeprefix("commit:") if digest.startswith("commit:") else None
+    return models.ModelRequest(
+        model=str(model or params["model"]),
+        revision=commit or params["revision"],
+        adapter=params["adapter"],
+        dtype=known.get("dtype", params["dtype"]),
+        device=params["device"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+
+
+def _known(run: rundir.Run) -> dict[str, Any]:
+    resolved = durable.load_json(run.resolved)
+    return resolved["identity"] if resolved else {}
+
+
+def _source(params: dict[str, Any], split: str) -> sources.Source:
+    dataset = params["dataset"]
+    if dataset == "auto":
+        dataset = "generated" if params["model"] == builtin.NAME else HUB_DATASET
+    return sources.Source(dataset, split, None)
+
+
+def _shots(params: dict[str, Any], task: Task) -> list[Example]:
+    """The first examples of the training split, fixed: the same prefix for every prompt."""
+    if not params["shots"]:
+        return []
+    if sources.is_path(params["dataset"]):
+        raise ConfigFailure(
+            f"shots={params['shots']} needs a training split, and the file {params['dataset']} has none.",
+            "Use a dataset of the Hub, or shots=0.",
+        )
+    return task.examples(sources.load(_source(params, "train")).rows)[: params["shots"]]
+
+
+def _refuse_twins(examples: Sequence[Example], name: str) -> None:
+    """Ids are keys: two examples under one would be one row."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise ConfigFailure(
+                f"{name} has two rows with the id {example.id!r}.", "Make the ids unique, or leave them out."
+            )
+        seen.add(example.id)
+
+
+def _sampling(params: dict[str, Any]) -> Sampling:
+    return Sampling(
+        temperature=params["temperature"],
+        top_p=params["top_p"],
+        max_new_tokens=params["max_new_tokens"],
+        stop=(params["stop"],) if params["stop"] else (),
+    )
+
+
+def _render(
+    renderer: prompts.Renderer, task: Task, example: Example, shots: list[Example], params: dict[str, Any]
+) -> prompts.RenderedPrompt:
+    return renderer.render(example.id, task.messages(example, shots, instruction=params["instruction"] or ""))
+
+
+def _item(
+    job: dict[str, Any], example: Example, rendered: prompts.RenderedPrompt, sample: int, renderer: prompts.Renderer
+) -> Item:
+    key = f"{job['task']}/{job['params']['split']}/{example.id}#{sample}"
+    prompt = Prompt(key=key, token_ids=rendered.token_ids, seed=seed_of(job["params"]["seed"], key))
+    messages = [dict(message) for message in rendered.messages]
+    asked: dict[str, Any] = {"prompt": renderer.text(messages)} if renderer.plain else {"messages": messages}
+    return Item(key=key, example=example, sample_index=sample, prompt=prompt, asked=asked)
+
+
+def _facts(request: models.ModelRequest, sampling: Sampling, samples: int) -> prompts.Facts:
+    config = models.load_config(request)
+    return prompts.Facts(sampling=sampling, samples=samples, context_length=prompts.context_length(config))

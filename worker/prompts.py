@@ -169,7 +169,7 @@ def _no_chat_template() -> Finding:
 def _check_tokens(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
     found = []
     if empty := [prompt for prompt in prompts if not prompt.token_ids]:
-        found.append(Finding("error", "empty_prompt", f"{_which(empty)} without any token.", "Look at the dataset."))
+        found.append(Finding("error", "empty_prompt", f"{_which(empty)}: no token at all.", "Look at the dataset."))
     size = facts.vocabulary_size
     if size and (strange := [prompt for prompt in prompts if max(prompt.token_ids, default=0) >= size]):
         token = max(strange[0].token_ids)
@@ -177,7 +177,7 @@ def _check_tokens(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: 
             Finding(
                 "error",
                 "unknown_token",
-                f"{_which(strange)} with token {token} ({renderer.tokenizer.convert_ids_to_tokens(token)}), "
+                f"{_which(strange)}: holds token {token} ({renderer.tokenizer.convert_ids_to_tokens(token)}), "
                 f"but the model knows only {size} tokens.",
                 "The tokenizer belongs to another model, or was extended after this one was trained.",
             )
@@ -187,7 +187,7 @@ def _check_tokens(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: 
             Finding(
                 "error",
                 "ends_with_eos",
-                f"{_which(ended)} ending with the end-of-sequence token: to the model everything is said.",
+                f"{_which(ended)}: ends with the end-of-sequence token, so that to the model everything is said.",
                 "The tokenizer adds it (add_eos_token), or the template closes the turn and opens none.",
             )
         )
@@ -204,7 +204,7 @@ def _check_bos(prompts: Sequence[RenderedPrompt], renderer: Renderer, _: Facts) 
             Finding(
                 "error",
                 "double_bos",
-                f"{_which(twice)} beginning with {name} twice: it is written in the text and added by the tokenizer too.",
+                f"{_which(twice)}: begins with {name} twice, once written in the text and once added.",
                 "Write it in one place: leave it out of the messages or the template.",
             )
         ]
@@ -215,8 +215,161 @@ def _check_bos(prompts: Sequence[RenderedPrompt], renderer: Renderer, _: Facts) 
             Finding(
                 "warning",
                 "missing_bos",
-                f"{_which(without)} without {name} at the beginning, which this tokenizer adds to plain text.",
+                f"{_which(without)}: does not begin with {name}, which this tokenizer adds to plain text.",
                 "If the model was trained with it, use a template that begins with {{ bos_token }}.",
             )
         ]
     return []
+
+
+def _check_template(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    """Whether the first prompt ends where a reply begins, and replies end with a token that ends a completion."""
+    if renderer.plain or not prompts or prompts[0].messages[-1]["role"] == "assistant":
+        return []
+    messages = prompts[0].messages
+    prompt = renderer.text(messages)
+    before, after = _around_reply(renderer, messages)
+    found = []
+    if prompt == renderer.text(messages, add_generation_prompt=False):
+        # Some templates need nothing between a question and its reply; this one does if it writes something there.
+        missing = None if before is None else before.strip().removeprefix(prompt.strip()).strip()
+        if missing is None:
+            found.append(
+                Finding(
+                    "warning",
+                    "unclear_generation_prompt",
+                    "The template opens no assistant turn, and cannot be asked whether it should.",
+                    "Look at the end of the first prompt: a reply must be what comes next.",
+                )
+            )
+        elif missing:
+            found.append(
+                Finding(
+                    "error",
+                    "missing_generation_prompt",
+                    f"The prompts stop before the assistant's turn: the template writes {missing!r} before a reply, "
+                    "but not when add_generation_prompt asks for it.",
+                    "Add {% if add_generation_prompt %}…{% endif %} to the template.",
+                )
+            )
+    closing = renderer.tokenizer(after, add_special_tokens=False)["input_ids"] if after and after.strip() else []
+    if closing and facts.end_ids and not facts.end_ids.intersection(closing):
+        found.append(
+            Finding(
+                "warning",
+                "turn_end_not_eos",
+                f"The template ends a reply with {after.strip()!r}, which is no end-of-sequence token of this model: "
+                "it may talk on until max_new_tokens.",
+                "Use the template the model was trained with, or make that text a stop string.",
+            )
+        )
+    return found
+
+
+def _around_reply(renderer: Renderer, messages: Messages) -> tuple[str | None, str]:
+    """What the template writes before and after an assistant's reply to these messages; None if it writes none."""
+    try:
+        text = renderer.text([*messages, {"role": "assistant", "content": PROBE}], add_generation_prompt=False)
+    except ConfigFailure:  # it takes no assistant messages
+        return None, ""
+    before, written, after = text.rpartition(PROBE)
+    return (before, after) if written else (None, "")
+
+
+def _check_length(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    found = []
+    limit, wanted = facts.context_length, facts.sampling.max_new_tokens
+    own_limit = renderer.tokenizer.model_max_length
+    if limit is None and own_limit < NO_LIMIT_TOKENS:
+        limit = own_limit
+    if limit is None or not prompts:
+        return []
+    if too_long := [prompt for prompt in prompts if len(prompt.token_ids) >= limit]:
+        found.append(
+            Finding(
+                "error",
+                "prompt_too_long",
+                f"{_which(too_long)}: {_longest(too_long)} tokens, but the model's context holds {limit}.",
+                "Use fewer shots (--set shots=…) or a model with a longer context.",
+            )
+        )
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) < limit]
+    if overflowing := [prompt for prompt in fitting if len(prompt.token_ids) + wanted > limit]:
+        longest = _longest(overflowing)
+        found.append(
+            Finding(
+                "error",
+                "context_overflow",
+                f"{_which(overflowing)}: {longest} tokens + max_new_tokens {wanted} = {longest + wanted}, "
+                f"but the model's context holds {limit}.",
+                f"--set max_new_tokens={limit - longest} is the most that fits.",
+            )
+        )
+    if own_limit < limit and _longest(prompts) + wanted > own_limit:
+        found.append(
+            Finding(
+                "warning",
+                "tokenizer_limit",
+                f"The tokenizer is said to be for {own_limit} tokens, the model for {limit}; "
+                f"these prompts need up to {_longest(prompts) + wanted}.",
+                "If completions of long prompts are poor, believe the smaller number.",
+            )
+        )
+    return found
+
+
+def _check_stop(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    found = []
+    if "" in facts.sampling.stop:
+        found.append(
+            Finding("error", "empty_stop", "An empty stop string would end every completion.", "Leave it out.")
+        )
+    if renderer.plain:
+        return found  # there it is the idiom: what begins the next question in the prompt ends the completion
+    for stop in filter(None, facts.sampling.stop):
+        if asked := [prompt for prompt in prompts if stop in prompt.messages[-1]["content"]]:
+            found.append(
+                Finding(
+                    "warning",
+                    "stop_in_prompt",
+                    f"{_which(asked)}: the question itself holds the stop string {stop!r}; "
+                    "a reply that repeats it is cut off there.",
+                    "Leave that stop string out: a chat model ends its turn by itself.",
+                )
+            )
+    return found
+
+
+def _check_sampling(_: Sequence[RenderedPrompt], __: Renderer, facts: Facts) -> list[Finding]:
+    found = []
+    sampling = facts.sampling
+    if sampling.temperature == 0 and facts.samples > 1:
+        found.append(
+            Finding(
+                "warning",
+                "greedy_samples",
+                f"temperature=0 makes all {facts.samples} samples of an example equal: they cost and tell nothing.",
+                "--set temperature=0.7, or --set samples=1",
+            )
+        )
+    if sampling.max_new_tokens < FEW_NEW_TOKENS:
+        found.append(
+            Finding(
+                "warning",
+                "few_new_tokens",
+                f"max_new_tokens={sampling.max_new_tokens} leaves no room for more than a few words.",
+                "--set max_new_tokens=512",
+            )
+        )
+    return found
+
+
+def _which(prompts: Sequence[RenderedPrompt]) -> str:
+    first = max(prompts, key=lambda prompt: len(prompt.token_ids)).example_id
+    return (
+        f"Prompt of example {first}" if len(prompts) == 1 else f"{len(prompts)} prompts, the longest of example {first}"
+    )
+
+
+def _longest(prompts: Sequence[RenderedPrompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)

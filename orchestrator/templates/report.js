@@ -102,6 +102,9 @@
     }
   }
 
+  /** How a way of choosing is called: the only re-ranker there is needs no name. */
+  const called = (name) => (name === "majority" ? "Majority" : selectors.length > 2 ? name : "Re-ranker");
+
   /** The columns there are something for: key, heading, what to sort by, the cell. */
   function columns() {
     const some = (test) => examples.some(test);
@@ -111,7 +114,7 @@
       { key: "right", title: "Right", by: (each) => each.mean, cell: rightCell },
     ];
     for (const name of selectors) {
-      const title = name === "majority" ? "Majority" : name;
+      const title = called(name);
       const order = { right: 2, part: 1, wrong: 0 };
       all.push({ key: `by:${name}`, title, by: (each) => order[each.picked.get(name)], cell: (each) => signOf(each.picked.get(name)), kind: "mark" });
     }
@@ -211,7 +214,7 @@
 
   function detailOf(example) {
     const target = known(example.target) ? el("div", { class: "target" }, el("h4", {}, "Target"), prose(example.target, "Target")) : null;
-    const errors = example.picks.filter((pick) => known(pick.error)).map((pick) => el("div", { class: "error" }, `${pick.by} failed: `, flat(pick.error)));
+    const errors = example.picks.filter((pick) => known(pick.error)).map((pick) => el("div", { class: "error" }, `${called(pick.by)} failed: `, flat(pick.error)));
     return el(
       "div",
       { class: "inside" },
@@ -228,7 +231,7 @@
     const tags = [el("span", { class: `tag ${mark}` }, `${SIGNS[mark]} ${word}${partly}`)];
     for (const pick of example.picks) {
       const score = pick.scores ? pick.scores[candidate.n] : null;
-      const name = pick.by === "majority" ? "majority vote" : pick.by;
+      const name = { Majority: "majority vote", "Re-ranker": "re-ranker" }[called(pick.by)] || pick.by;
       const said = known(score) ? ` ${number.format(score)}` : "";
       if (pick.n === candidate.n) tags.push(el("span", { class: "tag chosen" }, "chosen by ", el("bdi", {}, name), said));
       else if (said) tags.push(el("span", { class: "tag" }, el("bdi", {}, name), said));
@@ -242,7 +245,7 @@
       "article",
       { class: `candidate ${mark}` },
       el("header", {}, el("h4", {}, `Answer ${at + 1}`), tags),
-      el("p", { class: "found" }, el("span", { class: "key" }, "Extracted"), answer),
+      known(candidate.answer) || !known(candidate.error) ? el("p", { class: "found" }, el("span", { class: "key" }, "Extracted"), answer) : null,
       rulesOf(candidate),
       known(candidate.error) ? el("div", { class: "error" }, lit(flat(candidate.error))) : null,
       known(candidate.text) ? prose(candidate.text, `Completion ${at + 1}`) : null,

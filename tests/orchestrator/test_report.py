@@ -192,8 +192,8 @@ def test_warns_of_what_is_missing():
     rows = [*TWO, row("e2", 0, score=None, error="OOM", completion=None, answer=None)]
     text = page(rows, {"e1": {"error": "boom", "sample_index": None}}, summary(n_rows=9)).text
     assert "1 of 3 answers could not be scored; 1 ended in an error." in text
-    assert "The re-ranker failed on 1 problems." in text
-    assert "1 problems have fewer than 2 answers." in text
+    assert "The re-ranker failed on 1 problem." in text
+    assert "1 problem has fewer than 2 answers." in text
     assert "The summary counts 9 rows, rows.jsonl holds 3." in text
 
 

@@ -1,0 +1,5 @@
+"""`python -m orchestrator.cli`: the command where no script is installed."""
+
+from orchestrator.cli import main
+
+main()
