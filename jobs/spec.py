@@ -35,10 +35,10 @@ class UnknownJob(SpecError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest right word, or all of them."""
+    """The end of an error message: the nearest right word, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}."
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def find(name: str, folders: Iterable[Path]) -> Job:
         for folder in folders:
             if (folder / f"{name}.toml").is_file():
                 return load(folder / f"{name}.toml")
-    raise UnknownJob(f"there is no job {name!r}: {nearest(name, names(folders))}")
+    raise UnknownJob(f"There is no job {name!r}: {nearest(name, names(folders))}")
 
 
 def names(folders: Iterable[Path]) -> list[str]:

@@ -44,7 +44,7 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
     try:
         params = job.fill(asked.settings)
     except spec.SpecError as error:
-        raise UsageError(f"{error}. Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
+        raise UsageError(f"{error} Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
     _check_paths(params)
     _check_expectation(params)
     return {

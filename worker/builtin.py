@@ -14,7 +14,7 @@ NAME = "tiny"
 
 
 def folder(run: rundir.Run, say: Callable[[str], None]) -> Path:
-    """The run's own copy of the built-in model. Another processor may train other weights, so a resume keeps this one."""
+    """The run's own copy of the built-in model: another processor may train other weights, so a resume keeps it."""
     own = run.folder / "model"
     if not (own / rundir.MANIFEST).is_file():
         trained = tiny.ensure(run.folder.parent.parent / "models", say)

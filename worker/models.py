@@ -39,7 +39,7 @@ SMALL_MODEL_PARAMETERS = 20_000_000
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """Which model to load and how; `model` and `adapter` are each a folder or a Hub name; `auto` is decided on loading."""
+    """Which model to load and how; `model` and `adapter` are folders or Hub names, `auto` is decided on loading."""
 
     model: str
     revision: str | None = None
@@ -140,7 +140,7 @@ def choose_device(name: str) -> Any:
 
 
 def choose_dtype(name: str, device: Any) -> Any:
-    """The torch dtype of that name; `auto` is float32 on a CPU, else bfloat16 where the hardware has it, else float16."""
+    """The torch dtype of that name; `auto` is float32 on a CPU, else bfloat16 if the hardware has it, else float16."""
     import torch
 
     if name == "auto":
@@ -285,7 +285,7 @@ def _other_base(adapter: str, why: str) -> ConfigFailure:
 
 @contextlib.contextmanager
 def _explained(request: ModelRequest, what: str) -> Iterator[None]:
-    """Turns what transformers, peft and the Hub client raise while loading into a ConfigFailure that says what to do."""
+    """Turns what transformers, peft and the Hub client raise while loading into a ConfigFailure with a hint."""
     from safetensors import SafetensorError
 
     try:

@@ -100,7 +100,7 @@ class Renderer:
                 tokenize=tokenize,
                 return_dict=False,
             )
-        except Exception as error:  # noqa: BLE001  the template is a program of the model's or the user's
+        except Exception as error:  # the template is a program of the model's or the user's
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigFailure(
                 f"The chat template cannot render messages with the roles {roles}: {error} ({type(error).__name__}).",

@@ -6,6 +6,7 @@ import errno
 import importlib
 import json
 import os
+import platform
 import signal
 import sys
 import threading
@@ -83,7 +84,7 @@ def _disk_full(run: rundir.Run) -> DiskFull:
 
 def _follow_parent() -> None:
     """End when the supervisor ends, where the kernel cannot be asked to see to it (anywhere but Linux)."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         return
     parent = os.getppid()
 

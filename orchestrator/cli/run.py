@@ -16,29 +16,25 @@ from orchestrator.runs import Run
 _SETTING = "A parameter of the job; may be given many times."
 
 
-class _Settings(click.ParamType):
-    """A `key=value` word."""
-
-    name = "key=value"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
-        """The key and the text after the first `=`."""
-        key, separator, text = str(value).partition("=")
+def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
+    """Each `key=value` word as key and text (what follows the first `=`); the last word of a key counts."""
+    pairs = [word.partition("=") for word in words]
+    for key, separator, text in pairs:
         if not separator or not key:
-            self.fail(f"{value!r} is not of the form key=value, such as samples=3", param, ctx)
-        return key, text
+            raise click.BadParameter(f"{key + separator + text!r} is not of the form key=value, such as samples=3")
+    return {key: text for key, _, text in pairs}
 
 
 @click.command()
 @click.argument("job")
-@click.option("--set", "settings", type=_Settings(), multiple=True, help=_SETTING)
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_pairs, help=_SETTING)
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first N examples only.")
 @click.option("--on", "machine", default="local", show_default=True, help="The machine; `local` is this computer.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
 @click.option("--dry-run", is_flag=True, help="Check dataset and prompts; generate nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def run(job: str, settings: tuple[tuple[str, str], ...], limit: int | None, machine: str, **how: bool) -> None:
+def run(job: str, settings: dict[str, str], limit: int | None, machine: str, **how: bool) -> None:
     """Start a job and follow it until every row is home.
 
     \b
@@ -46,7 +42,7 @@ def run(job: str, settings: tuple[tuple[str, str], ...], limit: int | None, mach
               gpu run eval-gsm8k --set model=Qwen/Qwen2.5-0.5B-Instruct --set dataset=openai/gsm8k
     """
     _only_local(machine)
-    request = planning.request(planning.Asked(job, dict(settings), limit), load(job))
+    request = planning.request(planning.Asked(job, settings, limit), load(job))
     if how["dry_run"]:
         _show_check(planning.check(request), how["as_json"])
         return

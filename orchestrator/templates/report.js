@@ -103,7 +103,8 @@
   }
 
   /** How a way of choosing is called: the only re-ranker there is needs no name. */
-  const called = (name) => (name === "majority" ? "Majority" : selectors.length > 2 ? name : "Re-ranker");
+  const called = (name) =>
+    name === "majority" ? "Majority" : selectors.filter((each) => each !== "majority").length > 1 ? name : "Re-ranker";
 
   /** The columns there are something for: key, heading, what to sort by, the cell. */
   function columns() {

@@ -228,6 +228,7 @@ class Flight:
         self._steps = torch.tensor([len(row.ids) for row in self.rows])
 
     def _step(self) -> None:
+        assert self._block is not None
         logits = self._slots.decode(self._block, self._tokens, self._alive)
         tokens = self._choose(logits, self._seeds, self._steps)
         self._steps += 1

@@ -14,7 +14,7 @@ MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
 
 CANDIDATES, WIDENING = 64, 16
-"""How many of the likeliest tokens are looked at first, and how many times more when the nucleus does not fit in them."""
+"""How many of the likeliest tokens are looked at first, and how many times more while the nucleus does not fit."""
 
 NOT_A_TOKEN = -1
 """What `greedy` and `draw` give for a row whose scores are not numbers."""
@@ -93,7 +93,7 @@ def _finite(best: Any, tokens: Any) -> Any:
 
 
 def _outputs(seeds: Any, numbers: Any) -> Any:
-    """Output `numbers` of splitmix64 generators seeded with `seeds`: int64 tensors, whose arithmetic wraps as needed."""
+    """Outputs `numbers` of splitmix64 generators seeded with `seeds`, int64 tensors: their arithmetic wraps as needed."""
     state = (numbers + 1) * _signed(INCREMENT) + seeds
     for shift, factor in MIXERS:
         state.bitwise_xor_(_shifted(state, shift)).mul_(_signed(factor))
