@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Json = Mapping[str, Any]
 SUBJECTS_MAX = 200
 """More subjects than this are no table anybody reads; the page says how many were left out."""
-_Z_95 = 1.959963984540054  # two-sided 95 % point of the normal distribution
 _WAYS = ("first", "mean", "majority", "oracle")
+_SHARES_OF_ROWS = ("finish_length", "no_answer")  # metrics told among the facts of the run
 _NOT_SHARES = re.compile(r"perplexity|ppl|loss|bits|log|second|token|length", re.IGNORECASE)
 # What a page cannot show is made visible: control characters as their pictures, lone surrogates as U+FFFD.
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -55,8 +55,8 @@ def render(
 ) -> Iterator[str]:
     """The page, in pieces. Reads `rows` once and holds the texts of the sampled examples only.
 
-    `selections`: example id → its line of selections.jsonl. `job`: job.json, with `machine`, `started_at` and
-    `finished_at` of the run's record where known. Any key may be missing or null, and any text may be hostile.
+    `selections`: example id → its line of selections.jsonl. `job`: job.json, with `machine` and `started_at` of the
+    run's record where known. Any key may be missing or null, and any text may be hostile.
     """
     from markupsafe import Markup
 
@@ -64,9 +64,8 @@ def render(
     for row in rows:
         intake.add(row)
     view = _view(summary, intake, job)
-    rerankers = [figure.name for figure in view["ways"] if figure.name not in _WAYS]
     view["failed"] = sum(isinstance(line, Mapping) and line.get("error") is not None for line in selections.values())
-    view["data"] = (Markup(piece) for piece in _data(intake, selections, rerankers))  # noqa: S704 - see _encode
+    view["data"] = (Markup(piece) for piece in _data(intake, selections, [*view["gaps"]]))  # noqa: S704 - see _encode
     view["css"] = Markup(_asset("report.css"))  # noqa: S704 - our own file
     view["js"] = Markup(_asset("report_theme.js") + _asset("report.js"))  # noqa: S704 - our own files
     yield from _template().generate(view, digest=_digest)
@@ -127,7 +126,6 @@ class Intake:
 
     def __init__(self, limits: Limits) -> None:
         self.marks: dict[str, dict[int, Mark]] = {}
-        self.subjects: dict[str, str] = {}
         self.kept: dict[str, Kept] = {}
         self.tokens_in = 0
         self.times: tuple[str, str] | None = None
@@ -152,8 +150,6 @@ class Intake:
         at = row.get("at")
         if isinstance(at, str):
             self.times = (min(self.times[0], at), max(self.times[1], at)) if self.times else (at, at)
-        if example_id not in self.subjects and (subject := row.get("subject") or row.get("category")):
-            self.subjects[example_id] = _text(subject) or ""
         self._sample(example_id, index, row)
 
     def _sample(self, example_id: str, index: int, row: Json) -> None:
@@ -179,14 +175,15 @@ class Intake:
         chars = self._limits.text_chars
         prompt, target = _shown(_prompt(row), chars), _shown(row.get("target"), chars)
         size = len(_encode([example_id, prompt, target]).encode())
-        return Kept(self.subjects.get(example_id), prompt, target, size)
+        return Kept(_text(row.get("subject")), prompt, target, size)
 
 
 def _mark(row: Json) -> Mark:
-    generated = row.get("completion") is not None
+    failed = row.get("error") is not None
+    generated = not failed and row.get("completion") is not None
     silent = generated and row.get("answer") is None and row.get("target") is not None
-    error = row.get("error") is not None
-    return Mark(_number(row.get("score")), error, generated, row.get("finish_reason") == "length", silent)
+    score = None if failed else _number(row.get("score"))
+    return Mark(score, failed, generated, row.get("finish_reason") == "length", silent)
 
 
 def _prompt(row: Json) -> Any:
@@ -206,14 +203,16 @@ def _candidate(row: Json, index: int, chars: int) -> Json:
     answer = row.get("answer")
     answers, scores = row.get("answers"), row.get("scores")
     rules = []
-    if isinstance(answers, Mapping) and isinstance(scores, Mapping) and len(scores) > 1:
+    if isinstance(answers, Mapping) and isinstance(scores, Mapping):
         rules = [[_text(rule), _shown(answers.get(rule), 200), _number(scores[rule])] for rule in scores]
+    if all(rule[1:] == rules[0][1:] for rule in rules):
+        rules = []  # where they agree, the answer and the mark say it all
     logliks = row.get("logliks")
     candidate = {
         "n": index,
         "text": _shown(row.get("completion"), chars),
         "answer": _shown(row.get("prediction") if answer is None else answer, chars),
-        "score": _number(row.get("score")),
+        "score": _mark(row).score,
         "end": _shown(row.get("finish_reason"), 100),
         "tokens": _number(row.get("tokens_out")),
         "error": _shown(row.get("error"), chars),
@@ -273,7 +272,7 @@ def _data(intake: Intake, selections: Mapping[str, Json], rerankers: Sequence[st
             "subject": kept.subject,
             "prompt": kept.prompt,
             "target": kept.target,
-            "picks": [*_majority(candidates), *_choice(selections.get(example_id), candidates, rerankers)],
+            "picks": [*_majority(candidates), *_choice(selections.get(example_id), rerankers)],
             "candidates": candidates,
         }
         yield ("," if number else "") + _encode(example)
@@ -281,24 +280,23 @@ def _data(intake: Intake, selections: Mapping[str, Json], rerankers: Sequence[st
 
 
 def _majority(candidates: Sequence[Json]) -> Iterator[Json]:
-    """The vote of an example, as `{by, n}`: of answers equally frequent the one seen first wins."""
-    votes = Counter(str(each["answer"]) for each in candidates if "answer" in each)
+    """The vote of an example, as `{by, n, tied}`; as in jobs/selection.py, only what has answer and score votes."""
+    answers = [str(each["answer"]) if "answer" in each and "score" in each else None for each in candidates]
+    votes = Counter(answer for answer in answers if answer is not None).most_common(2)
     if votes and len(candidates) > 1:
-        winner = max(votes, key=votes.__getitem__)
-        yield {"by": "majority", "n": next(each["n"] for each in candidates if str(each.get("answer")) == winner)}
+        tied = len(votes) == 2 and votes[0][1] == votes[1][1]
+        yield {"by": "majority", "n": None if tied else candidates[answers.index(votes[0][0])]["n"], "tied": tied}
 
 
-def _choice(line: Any, candidates: Sequence[Json], rerankers: Sequence[str]) -> Iterator[Json]:
+def _choice(line: Any, rerankers: Sequence[str]) -> Iterator[Json]:
     """What the re-ranker took for an example: `{by, n, scores by sample index, error}`."""
     if not isinstance(line, Mapping):
         return
     name = rerankers[0] if len(rerankers) == 1 else _text(line.get("reranker"))
-    scores = line.get("scores")
-    if isinstance(scores, list):
-        scores = {each["n"]: score for each, score in zip(candidates, scores, strict=False)}
-    scores = {_text(key): _number(score) for key, score in scores.items()} if isinstance(scores, Mapping) else {}
+    samples, scores = (each if isinstance(each, list) else [] for each in (line.get("samples"), line.get("scores")))
+    by_sample = {_text(sample): _number(score) for sample, score in zip(samples, scores, strict=False)}
     error = _shown(line.get("error"), 500)
-    yield {"by": name or "re-ranker", "n": _number(line.get("sample_index")), "scores": scores, "error": error}
+    yield {"by": name or "re-ranker", "n": _number(line.get("sample_index")), "scores": by_sample, "error": error}
 
 
 @dataclass(frozen=True)
@@ -310,6 +308,8 @@ class Figure:
     low: float | None = None
     high: float | None = None
     stderr: float | None = None
+    n: float | None = None
+    """How many problems it is a mean over."""
 
     @classmethod
     def of(cls, name: str, given: Any) -> Figure:
@@ -317,7 +317,7 @@ class Figure:
         given = given if isinstance(given, Mapping) else {"value": given}
         ends = given.get("ci95")
         low, high = map(_number, ends) if isinstance(ends, Sequence) and len(ends) == 2 else (None, None)
-        return cls(name, _number(given.get("value")), low, high, _number(given.get("stderr")))
+        return cls(name, _number(given.get("value")), low, high, _number(given.get("stderr")), _number(given.get("n")))
 
     @property
     def is_share(self) -> bool:
@@ -339,23 +339,11 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
     marks = [mark for by_index in intake.marks.values() for mark in by_index.values()]
     generated = sum(mark.generated for mark in marks) or 1
     samples = max(map(len, intake.marks.values()), default=0)
-    selection, metrics = ({**(summary.get(key) or {})} for key in ("selection", "metrics"))
-    ways = {name: Figure.of(name, selection[name]) for name in sorted(selection, key=_way_rank)} if samples != 1 else {}
-    subjects = _subjects(intake)
     return {
+        **_figures(summary, samples),
         "summary": defaultdict(lambda: None, summary),
         "job": defaultdict(lambda: None, job),
-        "parameters": job.get("parameters") or {},
         "times": intake.times or (None, None),
-        "ways": [figure for figure in ways.values() if figure.is_share],
-        "metrics": [Figure.of(name, given) for name, given in metrics.items()],
-        "subjects": subjects[:SUBJECTS_MAX],
-        "subjects_left_out": len(subjects[SUBJECTS_MAX:]),
-        "generations": [
-            (defaultdict(lambda: None, each), Figure.of("accuracy", {**each, "value": each.get("accuracy")}))
-            for each in summary.get("generations") or ()
-            if each
-        ],
         "problems": len(intake.marks),
         "shown": len(intake.kept),
         "rows": len(marks),
@@ -369,27 +357,34 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
     }
 
 
+def _figures(summary: Json, samples: int) -> dict[str, Any]:
+    """The summary's numbers by the section they stand in; one sample leaves no choice, and so no ways of choosing."""
+    selection, metrics = ({**(summary.get(key) or {})} for key in ("selection", "metrics"))
+    ways = [Figure.of(name, selection[name]) for name in sorted(selection, key=_way_rank)] if samples != 1 else []
+    gaps = {name: metrics.pop(name) for name in [*metrics] if name.startswith("oracle_gap_closed")}
+    subjects = {name: metrics.pop(name) for name in [*metrics] if name.startswith("subject/")}
+    weakest_first = sorted(
+        (Figure.of(name.removeprefix("subject/"), given) for name, given in subjects.items()),
+        key=lambda figure: (math.inf if figure.value is None else figure.value, figure.name),
+    )
+    rerankers = [figure.name for figure in ways if figure.name not in _WAYS]
+    return {
+        "ways": [figure for figure in ways if figure.is_share],
+        "gaps": {
+            name: Figure.of(name, gaps.get(f"oracle_gap_closed/{name}", gaps.get("oracle_gap_closed")))
+            for name in rerankers
+        },
+        "metrics": [Figure.of(name, given) for name, given in metrics.items() if name not in _SHARES_OF_ROWS],
+        "subjects": weakest_first[:SUBJECTS_MAX],
+        "subjects_left_out": len(weakest_first[SUBJECTS_MAX:]),
+        "generations": [
+            (defaultdict(lambda: None, each), Figure.of("accuracy", {**each, "value": each.get("accuracy")}))
+            for each in summary.get("generations") or ()
+            if each
+        ],
+    }
+
+
 def _way_rank(name: str) -> int:
     """First, mean, majority, the re-rankers, oracle: the order the page shows ways of choosing in."""
     return {"first": 0, "mean": 1, "majority": 2, "oracle": 4}.get(name, 3)
-
-
-def _subjects(intake: Intake) -> list[tuple[int, Figure]]:
-    """How many problems each subject has, and its mean score; the weakest subject first."""
-    means: dict[str, list[float]] = defaultdict(list)
-    for example_id, subject in intake.subjects.items():
-        scores = [mark.score for mark in intake.marks[example_id].values() if mark.score is not None]
-        if scores:
-            means[subject].append(sum(scores) / len(scores))
-    figures = [(len(values), _mean(subject, values)) for subject, values in means.items()]
-    return sorted(figures, key=lambda each: (each[1].value, each[1].name))
-
-
-def _mean(name: str, values: Sequence[float]) -> Figure:
-    """The mean of problems' scores with Wilson's interval, as wide as if every problem had been answered once."""
-    n, mean = len(values), sum(values) / len(values)
-    if not all(0 <= value <= 1 for value in values):
-        return Figure(name, mean)
-    middle, reach = mean + _Z_95**2 / (2 * n), _Z_95 * math.sqrt(mean * (1 - mean) / n + _Z_95**2 / (4 * n * n))
-    low, high = ((middle + side * reach) / (1 + _Z_95**2 / n) for side in (-1, 1))
-    return Figure(name, mean, max(low, 0.0), min(high, 1.0))

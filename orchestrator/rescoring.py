@@ -18,7 +18,7 @@ _DEADLINE_S = 3600.0
 
 def rescore(what: str, task: str, completion: str, target: str) -> dict[str, Any]:
     """Every rule's verdicts over a run's rows or a file's lines; raises UsageError, ConfigError."""
-    path = Path(what) if Path(what).is_file() else runs.find(what).home.rows
+    path = _rows_of(what)
     request = {"task": task, "path": str(path.absolute()), "completion": completion, "target": target}
     found = importlib.util.find_spec("worker")
     assert found is not None
@@ -33,3 +33,11 @@ def rescore(what: str, task: str, completion: str, target: str) -> dict[str, Any
         kind = UsageError if answer["failed"].get("kind") == "usage" else ConfigError
         raise kind(answer["failed"]["message"], answer["failed"]["hint"])
     return answer
+
+
+def _rows_of(what: str) -> Path:
+    if Path(what).is_file():
+        return Path(what)
+    if what.endswith(".jsonl"):
+        raise UsageError(f"There is no file {what}.", "Give the path of a file of JSON lines, or a run.")
+    return runs.find(what).home.rows

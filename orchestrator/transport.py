@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator import agents, clock
-from orchestrator.errors import NotReachable
+from orchestrator.errors import HomeDiskFull, JobFailed, NotReachable
 
 CALL_DEADLINE_S = 60.0
 SILENCE_S = 30.0
@@ -67,6 +67,11 @@ def ask(machine: Machine, words: list[str], data: bytes = b"", deadline_s: float
     except ValueError:
         raise NotReachable(f"{machine.name} answered with something else than an answer: {answer[:200]!r}") from None
     assert isinstance(frame, dict)
+    if frame.get("error") == "disk_full":
+        raise (HomeDiskFull if machine.name == "local" else JobFailed)(
+            f"No space is left on the disk of {machine.name} that holds {frame['folder']}. Nothing was lost.",
+            "Free some space there, then resume the run.",
+        )
     return frame
 
 

@@ -66,6 +66,23 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
 
 
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The folder that holds the built-in model, trained once in the clone's `build` folder."""
+    from worker import tiny
+
+    folder = ROOT / "build" / "models"
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny.ensure(folder, print)
+    return folder
+
+
+@pytest.fixture
+def trained(models: Path) -> None:
+    """Has the built-in model ready on this computer as a machine, so that a run need not train it."""
+    free_copy(models, config.state_folder() / "machines" / "local" / "models")
+
+
 @pytest.fixture
 def counting_agent() -> str:
     """A snapshot of the worker's code that has the counting story in it."""

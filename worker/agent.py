@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -236,13 +237,21 @@ def main(verb: str, words: list[str]) -> int:
         with contextlib.suppress(BrokenPipeError):
             Puller(run, json.loads(source.readline()), out).pull()
         return 0
-    if verb == "put":
-        answer = put(run, source)
-    elif verb == "start":
-        answer = start(run, json.load(source))
-    elif verb == "stop":
-        answer = stop(run, float(words[1]))
-    else:
-        answer = state_frame(run)
+    try:
+        answer = _answer(verb, run, words[1:], source)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        answer = {"error": "disk_full", "folder": str(run.folder)}
     out.write(json.dumps(answer).encode() + b"\n")
     return 0
+
+
+def _answer(verb: str, run: rundir.Run, words: list[str], source: BinaryIO) -> Frame:
+    if verb == "put":
+        return put(run, source)
+    if verb == "start":
+        return start(run, json.load(source))
+    if verb == "stop":
+        return stop(run, float(words[0]))
+    return state_frame(run)

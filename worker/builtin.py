@@ -22,6 +22,12 @@ def folder(run: rundir.Run, say: Callable[[str], None]) -> Path:
     return own
 
 
+def outline(scratch: Path) -> Path:
+    """The built-in model without weights, tokenizer and configuration only, in the folder `scratch`."""
+    tiny.save_tokenizer(scratch)
+    return scratch
+
+
 def _copy(source: Path, target: Path) -> None:
     """Copy a folder of weights, manifest last: a folder without its manifest does not exist yet."""
     shutil.rmtree(target, ignore_errors=True)

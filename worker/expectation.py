@@ -35,7 +35,7 @@ class Watch:
 
     def see(self, row: rows.Row) -> None:
         """Count one new row in; raises OutOfExpectation once the interval lies wholly outside the expected range."""
-        if self._expected is None or row["error"] is not None:
+        if self._expected is None:
             return
         self._take(row)
         low, high = self._sequence.interval()
@@ -48,7 +48,7 @@ class Watch:
             )
 
     def _take(self, row: rows.Row) -> None:
-        if len(self._shown) < _SHOWN:
+        if len(self._shown) < _SHOWN and row["error"] is None:
             self._shown.append(f"- {row['key']} ({row['score']}): {row['completion'][:_SHOWN_CHARACTERS]!r}")
         self._scores[row["example_id"]].append(row["score"])
         while self._next < len(self._order) and len(self._scores[self._order[self._next]]) >= self._samples:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +78,24 @@ def load_config(request: ModelRequest) -> Any:
         return AutoConfig.from_pretrained(request.model, **_source(request))
 
 
+def load_generation_config(request: ModelRequest) -> Any:
+    """The model's generation settings, made from its configuration when it has none of its own; no weights are read."""
+    from transformers import GenerationConfig
+
+    config = load_config(request)
+    try:
+        return GenerationConfig.from_pretrained(request.model, **_source(request))
+    except OSError:  # older models have no such file
+        return GenerationConfig.from_model_config(config)
+
+
+def end_token_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a completion: those of the model's generation settings and the tokenizer's own."""
+    listed = generation_config.eos_token_id
+    ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+    return frozenset(ends - {None})
+
+
 def load_tokenizer(request: ModelRequest) -> Any:
     """The tokenizer that belongs to the model; no weights are read."""
     from transformers import AutoTokenizer
@@ -94,6 +115,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
+    _check_folder(request)
+    if not Path(request.model).is_dir():  # so that all files are of one commit, even if the branch moves meanwhile
+        request = dataclasses.replace(request, revision=_commit(request.model, request.revision))
     tokenizer = load_tokenizer(request)
     _check_weights(request)
     device = choose_device(request.device)
@@ -102,7 +126,6 @@ def load_model(request: ModelRequest) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(
             request.model, dtype=dtype, device_map={"": device}, **_source(request)
         )
-    revision = getattr(model.config, "_commit_hash", None)
     if request.adapter is not None:
         model = _with_adapter(model, request.adapter)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -114,8 +137,8 @@ def load_model(request: ModelRequest) -> LoadedModel:
         device=device,
         dtype=dtype,
         parameters=parameters,
-        revision=revision,
-        digest=digest(request.model, revision),
+        revision=None if Path(request.model).is_dir() else request.revision,
+        digest=digest(request.model, request.revision),
         adapter_digest=None if request.adapter is None else digest(request.adapter, None),
     )
 
@@ -157,15 +180,16 @@ def choose_dtype(name: str, device: Any) -> Any:
 def digest(name: str, revision: str | None) -> str:
     """What tells one model or adapter from another: `sha256:…` of a folder's files, `commit:…` of a Hub repository.
 
+    The Hub is asked which commit a branch, a tag or None (its main branch) is at; its answer is kept in its cache.
     A folder's MANIFEST.json (`{name: {"bytes": …, "sha256": …}}`) is believed in place of reading the weights again;
     only the sizes are compared, and ConfigFailure names a file that is cut short.
     """
     folder = Path(name)
     if not folder.is_dir():
-        return f"commit:{revision or _cached_commit(name)}"
+        return f"commit:{_commit(name, revision)}"
     entries = _manifest(folder)
     if entries is None:
-        entries = {path.name: (path.stat().st_size, _file_sha256(path)) for path in _files(folder, DIGESTED_PATTERNS)}
+        entries = {path.name: _size_and_sha256(path) for path in _files(folder, DIGESTED_PATTERNS)}
     lines = [f"{file} {size} {sha256}\n" for file, (size, sha256) in sorted(entries.items())]
     return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -186,7 +210,14 @@ def _manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     return entries
 
 
-def _file_sha256(path: Path) -> str:
+def _size_and_sha256(path: Path) -> tuple[int, str]:
+    state = path.stat()
+    return state.st_size, _file_sha256(path, state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _file_sha256(path: Path, _size: int, _modified_ns: int) -> str:
+    """The file's SHA-256; a file that has not changed is read once, as weights take seconds per gigabyte."""
     summed = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -194,12 +225,19 @@ def _file_sha256(path: Path) -> str:
     return summed.hexdigest()
 
 
-def _cached_commit(name: str) -> str:
-    """The commit of a Hub adapter just loaded: the name of the snapshot folder its configuration was cached in."""
-    from huggingface_hub import try_to_load_from_cache
+def _commit(name: str, revision: str | None) -> str:
+    """The commit that a Hub repository's branch, tag or commit is at: the folder its configuration is cached in."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    path = try_to_load_from_cache(name, "adapter_config.json")
-    return Path(path).parent.name if isinstance(path, str) else "unknown"
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    with _explained(ModelRequest(name, revision), "commit"):
+        try:
+            path = hf_hub_download(name, "config.json", revision=revision)
+        except EntryNotFoundError:  # an adapter
+            path = hf_hub_download(name, "adapter_config.json", revision=revision)
+    return Path(path).parent.name
 
 
 def _source(request: ModelRequest) -> dict[str, Any]:

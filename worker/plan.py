@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rundir
-from worker import builtin, models, prompts, sources, tasks, tiny
-from worker.failures import ConfigFailure
+from worker import builtin, models, prompts, sources, tasks
+from worker.failures import BadRecord, ConfigFailure
 from worker.generators import Prompt, Sampling
 from worker.tasks import Example, Task
 
@@ -50,17 +50,12 @@ def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) ->
 
     Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands in `findings`.
     """
-    model = builtin.folder(run, say) if job["params"]["model"] == builtin.NAME else None
-    return _prepare(job, _request(job["params"], model, _known(run)), say)
+    return _prepare(job, lambda: builtin.folder(run, say), _known(run), say)
 
 
 def rehearse(job: dict[str, Any], scratch: Path, say: Callable[[str], None]) -> Prepared:
     """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
-    model = None
-    if job["params"]["model"] == builtin.NAME:
-        tiny.save_tokenizer(scratch)
-        model = scratch
-    return _prepare(job, _request(job["params"], model, {}), say)
+    return _prepare(job, lambda: builtin.outline(scratch), {}, say)
 
 
 def refuse_bad_prompts(prepared: Prepared, say: Callable[[str], None]) -> None:
@@ -91,13 +86,17 @@ def seed_of(run_seed: int, key: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run_seed}\0{key}".encode()).digest()[:8], "big") >> 1
 
 
-def _prepare(job: dict[str, Any], request: models.ModelRequest, say: Callable[[str], None]) -> Prepared:
+def _prepare(
+    job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Callable[[str], None]
+) -> Prepared:
+    """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
     params, task = job["params"], tasks.get(job["task"])
     say("reading the dataset")
     records = sources.load(_source(params, params["split"]))
-    examples = task.examples(records.rows)[: job["limit"]]
+    examples = _examples(task, records)[: job["limit"]]
     _refuse_twins(examples, records.name)
     shots = _shots(params, task)
+    request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
     renderer = prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
     say(f"rendering {len(examples)} prompts")
     rendered = [_render(renderer, task, example, shots, params) for example in examples]
@@ -154,7 +153,14 @@ def _shots(params: dict[str, Any], task: Task) -> list[Example]:
             f"shots={params['shots']} needs a training split, and the file {params['dataset']} has none.",
             "Use a dataset of the Hub, or shots=0.",
         )
-    return task.examples(sources.load(_source(params, "train")).rows)[: params["shots"]]
+    return _examples(task, sources.load(_source(params, "train")))[: params["shots"]]
+
+
+def _examples(task: Task, records: sources.Records) -> list[Example]:
+    try:
+        return task.examples(records.rows)
+    except BadRecord as bad:
+        raise BadRecord(f"{records.name}, {bad.message}", bad.hint) from None
 
 
 def _refuse_twins(examples: Sequence[Example], name: str) -> None:

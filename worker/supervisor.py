@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -31,6 +32,7 @@ _TICK_S = 0.25
 _HEARTBEAT_S = 1.0
 _LOCK_WAIT_S = 5.0
 _TAIL_BYTES = 2000
+_PACE_S = 60.0
 
 
 def now() -> str:
@@ -58,8 +60,8 @@ class Progress:
     path: Path
     offset: int = 0
     rows: int = 0
-    started: float = field(default_factory=time.monotonic)
-    first_row_at: float | None = None
+    points: deque[tuple[float, int]] = field(default_factory=deque)
+    """(seconds, rows) of the last `_PACE_S`, oldest first."""
 
     def update(self) -> None:
         """Count the whole lines that are new since the last call."""
@@ -68,14 +70,17 @@ class Progress:
             while chunk := file.read(1 << 20):
                 self.offset += len(chunk)
                 self.rows += chunk.count(b"\n")
-        if self.rows and self.first_row_at is None:
-            self.first_row_at = time.monotonic()
+        now_s = time.monotonic()
+        while len(self.points) > 1 and (now_s - self.points[1][0] > _PACE_S or self.points[1][1] == 0):
+            self.points.popleft()
+        self.points.append((now_s, self.rows))
 
     def rows_per_second(self) -> float | None:
-        """Rows per second since the first one; None before there is a pace."""
-        if self.first_row_at is None or self.rows < 2:
+        """Rows per second over the last minute, from the last look that saw none; None before there is a pace."""
+        (began_s, before), (now_s, rows) = self.points[0], self.points[-1]
+        if rows == before:
             return None
-        return round((self.rows - 1) / max(time.monotonic() - self.first_row_at, 1e-3), 3)
+        return round((rows - before) / (now_s - began_s), 3)
 
 
 class Supervisor:

@@ -194,7 +194,7 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def build_tokenizer(recipe: Recipe = RECIPE) -> Any:
-    """A byte-level BPE tokenizer, Qwen2's but for its vocabulary, with the chat template; digits are tokens of their own.
+    """A byte-level BPE tokenizer, Qwen2's but for the vocabulary, with the chat template; each digit is a token.
 
     It has to be Qwen2's: transformers 5 gives a Qwen2 model that class whatever tokenizer.json says, and the class
     normalizes (NFC) and splits text its own way.
@@ -319,7 +319,7 @@ def _loss(model: Any, samples: list[Sample], pad_id: int) -> Any:
 
 
 def _batches(tokenizer: Any, recipe: Recipe) -> Iterator[list[Sample]]:
-    """Batches of new problems without end, of similar length so that little is padding, in an order drawn by the seed."""
+    """Batches of new problems without end, each of similar lengths so that little is padding, in a shuffled order."""
     stream = problems.training(recipe.seed)
     random = Random(recipe.seed)  # noqa: S311 -- shuffles batches
     encode = _encoder(tokenizer)
@@ -349,7 +349,7 @@ def _encoder(tokenizer: Any) -> Callable[[list[Problem]], list[Sample]]:
         questions = tokenizer([problem.question for problem in batch])["input_ids"]
         answers = tokenizer([problem.solution for problem in batch])["input_ids"]
         return [
-            (before + question + after, answer + [tokenizer.eos_token_id])
+            (before + question + after, [*answer, tokenizer.eos_token_id])
             for question, answer in zip(questions, answers, strict=True)
         ]
 

@@ -95,7 +95,7 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
                 journey.go(run, news, _nothing)
     if how["as_json"]:
         output.document({**advance.document(run), "folder": str(run.home.folder), "summary": results.load_summary(run)})
-    elif not how["detach"]:
+    elif not how["detach"] and run.record.rows_home:
         results.show(run)
     elif not how["quiet"]:
         click.echo(

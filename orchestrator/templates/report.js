@@ -47,6 +47,7 @@
     example.unscored = marks.includes("unscored");
     const kinds = new Set(marks.filter((mark) => mark !== "unscored"));
     example.state = kinds.size === 0 ? "unscored" : kinds.size === 1 && !kinds.has("part") ? [...kinds][0] : "mixed";
+    example.tied = new Set(example.picks.filter((pick) => pick.tied).map((pick) => pick.by));
     example.picked = new Map(example.picks.map((pick) => [pick.by, marks[example.candidates.findIndex((each) => each.n === pick.n)]]));
   }
 
@@ -117,7 +118,7 @@
     for (const name of selectors) {
       const title = called(name);
       const order = { right: 2, part: 1, wrong: 0 };
-      all.push({ key: `by:${name}`, title, by: (each) => order[each.picked.get(name)], cell: (each) => signOf(each.picked.get(name)), kind: "mark" });
+      all.push({ key: `by:${name}`, title, by: (each) => order[each.picked.get(name)], cell: (each) => (each.tied.has(name) ? "tie" : signOf(each.picked.get(name))), kind: "mark" });
     }
     all.push(
       { key: "target", title: "Target", by: (each) => flat(each.target) || null, cell: (each) => el("bdi", { class: "clip" }, lit(flat(each.target).slice(0, 80))), kind: "target" },

@@ -69,6 +69,13 @@ def test_ends_are_reached_only_where_they_are_possible() -> None:
         assert 0.05 < abs(interval[1 - open_end] - value) < 0.2
 
 
+def test_one_observation_gives_the_interval_worked_out_by_hand() -> None:
+    """After a single 1 the martingale is 1/(2p), so that at alpha = 0.01 every mean up to 0.005 is excluded."""
+    sequence = ConfidenceSequence(0.01)
+    sequence.add(1.0)
+    assert sequence.interval() == (pytest.approx(0.005, abs=1e-9), 1.0)
+
+
 def test_more_certainty_is_a_wider_interval() -> None:
     """A smaller alpha gives an interval that contains that of a larger one."""
     wide, narrow = ConfidenceSequence(0.001), ConfidenceSequence(0.1)

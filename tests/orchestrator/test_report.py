@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from collections import Counter
 from html.parser import HTMLParser
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,12 @@ HOSTILE = (
     "<img src=x onerror=alert(1)>",
     "\"><svg onload=alert(1)>'",
     "<!-- <script> --> ]]>",
-    "{{ 7 * 7 }} {% raw %}",
+    "{{ 7 * 7 }} {% raw %} ${alert(1)} `x`",
     "a\u2028b\u2029c",
     "\x00\x07\x1b[31m\x7f\x9f",
-    "\ud800 lone",
-    "\u202eright to left",
+    "\ud800 lone \u202eright to left",
     "👩‍👩‍👧 é",
     "w" * 20_000,
-    "${alert(1)} `x`",
 )
 
 
@@ -62,7 +61,7 @@ def summary(**changes: Any) -> dict[str, Any]:
     return {**names, **known, **spent, **changes}
 
 
-JOB = {"name": "eval-gsm8k", "machine": "quiet-otter", "parameters": {"model": "acme/tiny", "samples": 5}}
+JOB = {"job": "eval-gsm8k", "machine": "quiet-otter", "params": {"model": "acme/tiny", "samples": 5}}
 TWO = [row("e1", 0), row("e1", 1)]
 LIMITS = report.Limits()
 
@@ -137,19 +136,25 @@ def test_one_answer_per_problem_has_its_metrics_as_headline():
     assert "Bits per byte 0.71" in text  # lies in 0..1 and is still no share
 
 
-def test_a_bar_is_as_long_as_its_number():
-    """A way's bar and whiskers stand at its value and its interval, in percent of the axis."""
-    shapes = [attributes for tag, attributes in page().elements if tag in ("rect", "line")]
-    assert {"class": "bar", "x": "0", "y": "7", "width": "36.100%", "height": "14", "rx": "2"} in shapes
-    assert {"x1": "33.800%", "x2": "38.500%", "y1": "14", "y2": "14"} in shapes
+def test_subjects_stand_apart_weakest_first():
+    """Metrics of subjects are a table of their own, with intervals and numbers of problems, the weakest first."""
+    rules = {"strict": 0.5, "finish_length": 0.125, "no_answer": 0.25}
+    algebra = {"subject/Algebra": {"value": 0.8, "stderr": 0.1, "ci95": [0.49, 0.943], "n": 10}}
+    unknown = {"subject/Unknown": {"value": None, "stderr": None, "ci95": [None, None], "n": 0}}
+    geometry = {"subject/Geometry": {"value": 0.0, "stderr": 0.0, "ci95": [0.0, 0.49], "n": 4}}
+    text = page(given=summary(metrics=rules | algebra | unknown | geometry)).text
+    assert "Geometry 0.0% 0.0% – 49.0% 4 Algebra 80.0% 49.0% – 94.3% 10 Unknown – – 0" in text
+    by_rule = text[text.index("Metrics by rule") : text.index("By subject")]
+    assert "strict 50.0%" in by_rule
+    assert not any(word in by_rule for word in ("Algebra", "finish_length", "no_answer"))
 
 
-def test_subjects_carry_wilsons_interval_weakest_first():
-    """Eight right of ten is 80 % with 49.0–94.3 % (Wilson's interval), listed after a weaker subject."""
-    rows = [row(f"a{n}", subject="Algebra", score=float(n < 8)) for n in range(10)]
-    rows += [row(f"g{n}", subject="Geometry", score=0.0) for n in range(4)]
-    text = page(rows).text
-    assert "Geometry 0.0% 0.0% – 49.0% 4 Algebra 80.0% 49.0% – 94.3% 10" in text
+def test_what_a_reranker_wins_of_the_gap_carries_its_interval():
+    """Where the summary measured how much of the gap to the oracle a re-ranker wins, that stands with its interval."""
+    gap = {"oracle_gap_closed": {"value": 0.31, "stderr": 0.1, "ci95": [-0.05, 0.4], "n": 9}}
+    text = page(given=summary(metrics=gap)).text
+    assert "+8.9 31% −5% – 40% Any of 2 right" in text
+    assert "Metrics by rule" not in text
 
 
 @pytest.mark.parametrize(
@@ -186,8 +191,8 @@ def test_hostile_text_adds_no_element_and_no_attribute():
         hostile_row |= {"messages": [{"role": "user", "content": text}], "score": 0.0}
         error_row = row(text, 1, error=text, completion=None, score=None)
         words = dict.fromkeys(("run_id", "job", "task", "model", "fingerprint", "cost_usd", "seconds"), text)
-        asked = {"machine": text, "started_at": text, "finished_at": text, "parameters": {text: text, "n": [text]}}
-        choice = {text: {"sample_index": 0, "reranker": text, "scores": [1.0], "error": text}}
+        asked = {"machine": text, "started_at": text, "finished_at": text, "params": {text: text, "n": [text]}}
+        choice = {text: {"sample_index": 0, "reranker": text, "samples": [0], "scores": [1.0], "error": text}}
         named = summary(selection={"mean": 0.5, text: 0.6}, metrics={text: 0.5}, **words)
         return named, [hostile_row, error_row], choice, asked
 
@@ -271,15 +276,17 @@ def test_the_sample_is_whole_stable_and_announced():
     assert len({each["id"] for each in more.data["examples"]} & ids) >= 39
 
 
-def test_a_full_text_budget_keeps_fewer_examples_whatever_the_order():
-    """Texts stay below the budget in bytes, and the examples kept do not depend on the order of the rows."""
-    rows = [row(f"e{n}", sample, completion="語" * (50 + n)) for n in range(100) for sample in range(4)]
-    limits = report.Limits(text_bytes=60_000)
-    shown = page(rows, limits=limits)
-    assert 5 < len(shown.data["examples"]) < 100
-    assert len(shown.inline["data"].encode()) < 60_000 * 1.3
-    backwards = page(rows[::-1], limits=limits)
-    assert {each["id"] for each in shown.data["examples"]} == {each["id"] for each in backwards.data["examples"]}
+def test_a_full_text_budget_keeps_fewer_whole_examples_whatever_the_order():
+    """Texts stay below the budget in bytes; rows backwards, or all first samples first, give the same whole examples."""
+    rows = [row(f"e{n}", k, completion="語" * (3 if k else 100 + n)) for n in range(100) for k in range(4)]
+    limits = report.Limits(text_bytes=30_000)
+    orders = (rows, rows[::-1], sorted(rows, key=lambda each: each["sample_index"]))
+    first, *others = (page(each, limits=limits) for each in orders)
+    assert 5 < len(first.data["examples"]) < 100
+    assert len(first.inline["data"].encode()) < 30_000 * 1.3
+    assert {len(each["candidates"]) for each in first.data["examples"]} == {4}
+    in_order = sorted(first.data["examples"], key=itemgetter("id"))
+    assert all(sorted(other.data["examples"], key=itemgetter("id")) == in_order for other in others)
 
 
 def test_a_long_text_is_cut_in_the_middle():
@@ -329,35 +336,29 @@ def test_only_the_pages_own_code_may_run_and_nothing_is_loaded():
     assert "innerHTML" not in shown.inline["script"]
 
 
-def test_the_vote_ignores_missing_answers_and_takes_the_first_of_equals():
-    """Two votes beat one, nothing found is no vote, and a tie goes to the answer seen first."""
-    votes = [None, None, "7", "4", "4"]
-    shown = page([row("e1", sample, answer=answer) for sample, answer in enumerate(votes)])
-    assert shown.data["examples"][0]["picks"] == [{"by": "majority", "n": 3}]
-    tied = page([row("e1", 1, answer="4"), row("e1", 0, answer="7")])
-    assert tied.data["examples"][0]["picks"] == [{"by": "majority", "n": 0}]
+def test_the_vote_is_the_one_the_summary_counts():
+    """Two votes beat one; an answer not found or not scored is no vote; equals are a tie that chooses none."""
+    votes = [(None, 0.0), (None, 0.0), (None, 0.0), ("7", 0.0), ("4", 1.0), ("4", 1.0), ("9", None), ("9", None)]
+    rows = [row("e1", sample, answer=answer, score=score) for sample, (answer, score) in enumerate(votes)]
+    assert page(rows).data["examples"][0]["picks"] == [{"by": "majority", "n": 4, "tied": False}]
+    tied = page(rows[3:5])
+    assert tied.data["examples"][0]["picks"] == [{"by": "majority", "n": None, "tied": True}]
 
 
 def test_a_rerankers_choice_carries_its_scores():
-    """The chosen sample and the score of every candidate reach the page under the name the summary has."""
-    selection = {"reranker": "energy.py:score", "scores": [0.5, float("nan")], "sample_index": 0, "error": None}
-    expected = {"by": "energy", "n": 0, "scores": {"0": 0.5, "1": None}, "error": None}
-    assert page(TWO, {"e1": selection}).data["examples"][0]["picks"][1] == expected
+    """The chosen sample and the score of every candidate it saw reach the page under the name the summary has."""
+    line = {"reranker": "other", "samples": [1, 4], "scores": [0.5, float("nan")], "sample_index": 1, "error": None}
+    expected = {"by": "energy", "n": 1, "scores": {"1": 0.5, "4": None}, "error": None}
+    assert page(TWO, {"e1": line}).data["examples"][0]["picks"][1] == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ({"messages": [{"role": "user", "content": "shot"}, {"role": "user", "content": "asked"}]}, "asked"),
-        ({"messages": [{"role": "user", "content": "asked"}, {"role": "assistant", "content": "so"}]}, "asked"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "asked"}]}]}, "asked"),
-        ({"messages": None, "prompt": "asked"}, "asked"),
-        ({"messages": []}, None),
-    ],
-)
-def test_the_problem_is_what_the_user_asked_last(given: dict[str, Any], shown: str | None):
+def test_the_problem_is_what_the_user_asked_last():
     """The last message of the user, its text parts, or the bare prompt is shown as the problem."""
-    assert page([row(**given)]).data["examples"][0]["prompt"] == shown
+    asked, parts = ({"role": "user", "content": said} for said in ("asked", [{"type": "text", "text": "asked"}]))
+    for messages in ([{**asked, "content": "shot"}, asked], [asked, {"role": "assistant", "content": "so"}], [parts]):
+        assert page([row(messages=messages)]).data["examples"][0]["prompt"] == "asked"
+    assert page([row(messages=None, prompt="asked")]).data["examples"][0]["prompt"] == "asked"
+    assert page([row(messages=[])]).data["examples"][0]["prompt"] is None
 
 
 def test_likelihood_rows_show_their_choice():
@@ -379,7 +380,8 @@ def test_generations_of_a_self_improvement_run_are_listed():
 
 def test_a_report_is_replaced_whole_or_not_at_all(tmp_path: Path):
     """A failure while rows are read leaves the report that was there, and nothing beside it."""
-    path = tmp_path / "report.html"
+    path = tmp_path / "run" / "report.html"
+    path.parent.mkdir()
     report.write(path, summary(), TWO, {}, JOB)
     before = path.read_bytes()
     assert before.startswith(b"<!DOCTYPE html>")
@@ -391,7 +393,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(OSError, match="disk gone"):
         report.write(path, summary(), failing(), {}, JOB)
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_importing_the_report_loads_no_template_engine():

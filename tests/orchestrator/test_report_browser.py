@@ -137,9 +137,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "energy": 0.6,
     }
     summary = {"model": EVIL, "job": "eval-gsm8k", "run_id": "r1", "selection": shares, "metrics": {"strict": 0.4321}}
-    selections = {f"test/{n}": {"sample_index": 2, "scores": [0.1, 0.2, 0.9], "error": None} for n in range(120)}
+    selections = {
+        f"test/{n}": {"sample_index": 2, "samples": [0, 1, 2], "scores": [0.1, 0.2, 0.9], "error": None}
+        for n in range(120)
+    }
     path = tmp_path_factory.mktemp("report") / "report.html"
-    report.write(path, summary, rows, selections, {"parameters": {"samples": 3}})
+    report.write(path, summary, rows, selections, {"params": {"samples": 3}})
     return path
 
 
@@ -159,6 +162,8 @@ def candidate(number: int, sample: int) -> dict[str, Any]:
         "answer": None if failed else str(number + sample // 2),
         "target": str(number),
         "score": None if failed else float(sample < number % 4),
+        "answers": {"strict": None if number == 6 else "1", "flexible": "1"},
+        "scores": {"strict": float(number != 6), "flexible": 1.0},
         "error": "CUDA out of memory" if failed else None,
     }
 
@@ -172,6 +177,19 @@ def until(true: Callable[[], bool]) -> None:
 
 def ids(browser: Browser) -> list[str]:
     return browser.texts("td.problem .id")
+
+
+def test_a_bar_is_as_long_as_its_number(browser: Browser, page: Path):
+    """On the axis from 0 to 100 % the bar of 43.21 % ends there, and its whisker reaches from 40 to 47 %."""
+    browser.open(page)
+    left, right, low, high = browser.ask("""
+        const chart = document.querySelectorAll(".ways .plot")[1];
+        const place = (each) => each.getBoundingClientRect();
+        const axis = place(chart);
+        const [bar, whisker] = [".bar", ".whisker line"].map((each) => place(chart.querySelector(each)));
+        return [bar.left, bar.right, whisker.left, whisker.right].map((x) => (x - axis.left) / axis.width);
+    """)
+    assert [left, right, low, high] == pytest.approx([0, 0.4321, 0.4, 0.47], abs=0.005)
 
 
 def test_search_and_filter_narrow_the_list(browser: Browser, page: Path):
@@ -241,12 +259,13 @@ def test_a_problem_is_opened_and_read_by_keyboard(browser: Browser, page: Path):
     assert cards[0].startswith("Answer 1 ✓ right chosen by majority vote re-ranker 0.1 Extracted 2 I count 2 pears.")
     assert cards[2].startswith("Answer 3 ✗ wrong chosen by re-ranker 0.9 Extracted 3")
     assert browser.text(".detail .target .prose") == "2"
+    assert browser.ask("return location.hash") == "#open=test%2F2"
     browser.press(ENTER)
     assert browser.texts("tr.open") == []
 
 
 def test_marks_of_what_went_wrong_are_seen(browser: Browser, page: Path):
-    """An unscored answer shows its error, a cut text its mark, an answer cut at the limit its tag."""
+    """An unscored answer shows its error, a cut one its mark and tag, one that rules disagree on what each found."""
     browser.open(page, "#show=unscored&open=test%2F119")
     assert ids(browser) == ["test/119"]
     assert browser.text(".detail .error") == "CUDA out of memory"
@@ -255,6 +274,9 @@ def test_marks_of_what_went_wrong_are_seen(browser: Browser, page: Path):
     browser.open(page, "#open=test%2F6")
     assert browser.texts(".detail .cut")[0] == "3,017 characters cut; all of it is in rows.jsonl"
     assert browser.texts(".detail .tag.warn")[0] == "cut at the token limit"
+    rules = [" ".join(rule.split()) for rule in browser.texts(".detail .candidate:first-child .rules li")]
+    assert rules == ["✗ wrong strict none found", "✓ right flexible 1"]
+    assert browser.ask("return document.querySelectorAll('.rules').length") == 3
 
 
 def test_hostile_text_stays_text(browser: Browser, page: Path):

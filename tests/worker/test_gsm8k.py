@@ -95,6 +95,14 @@ def test_spelling_does_not_change_a_number(value: object, spelling: str) -> None
     assert gsm8k.canonical_number(f"the answer is {plain}.") == plain
 
 
+@given(st.text(alphabet="0123456789.,$-/ )ax", max_size=60))
+def test_the_last_number_is_that_of_a_scan_of_the_whole_text(text: str) -> None:
+    """Looking only where the last digit stands finds the same number as scanning all of the text."""
+    scanned = [found.span() for found in gsm8k._NUMBER.finditer(text)]
+    last = gsm8k._last_number(text)
+    assert (last and last.span()) == (scanned[-1] if scanned else None)
+
+
 @given(st.text(alphabet="0123456789.,$-/# \n{}\\boxedfrac", max_size=200))
 def test_any_text_is_scored(text: str) -> None:
     """No text makes a rule fail, and one with no answer scores 0.0, never null."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
 from worker.models import LoadedModel
 
 transformers.logging.set_verbosity_error()
@@ -33,8 +34,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "tie_word_embeddings": False,  # tied, a random model repeats itself
 }
-OLD_SIZES = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+OLD_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_layer": 2,
+    "n_head": 4,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
 SLIDING = {"head_dim": 8, "sliding_window": 8}
 
 

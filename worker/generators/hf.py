@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 from worker.generators import Completion, Prompt, Sampling
 from worker.generators.noise import NOT_A_TOKEN, draw, greedy, row_keys
 from worker.generators.slots import Block, Slots
-from worker.models import SMALL_MODEL_PARAMETERS, LoadedModel
+from worker.models import SMALL_MODEL_PARAMETERS, LoadedModel, end_token_ids
 
 AUTO_BATCH_GPU, AUTO_BATCH_CPU, AUTO_BATCH_SMALL = 128, 16, 64
 """Rows in flight with batch_size auto; too many for a GPU's memory corrects itself by halving."""
@@ -42,7 +43,7 @@ class HfGenerator:
     def __init__(self, loaded: LoadedModel, batch_size: int | None, note: Callable[[str], None]) -> None:
         self.batch_size = batch_size or auto_batch_size(loaded)
         self._tokenizer = loaded.tokenizer
-        self._ends = end_token_ids(loaded.model, loaded.tokenizer)
+        self._ends = end_token_ids(loaded.model.generation_config, loaded.tokenizer)
         self._note = note
         self._slots = Slots(loaded.model, loaded.device)
         if not self._slots.movable:
@@ -82,13 +83,6 @@ def auto_batch_size(loaded: LoadedModel) -> int:
     if loaded.device.type != "cpu":
         return AUTO_BATCH_GPU
     return AUTO_BATCH_SMALL if loaded.parameters < SMALL_MODEL_PARAMETERS else AUTO_BATCH_CPU
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a completion: those of the model's generation settings and of its tokenizer."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
-    return frozenset(ends - {None})
 
 
 class Queue:
@@ -327,5 +321,6 @@ def _attempt(flight: Flight, queue: Queue, size: int) -> str | None:
 def _free_memory() -> None:
     import torch
 
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

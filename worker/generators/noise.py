@@ -93,7 +93,7 @@ def _finite(best: Any, tokens: Any) -> Any:
 
 
 def _outputs(seeds: Any, numbers: Any) -> Any:
-    """Outputs `numbers` of splitmix64 generators seeded with `seeds`, int64 tensors: their arithmetic wraps as needed."""
+    """Outputs `numbers` of splitmix64 seeded with `seeds`: int64 tensors, whose arithmetic wraps as it must."""
     state = (numbers + 1) * _signed(INCREMENT) + seeds
     for shift, factor in MIXERS:
         state.bitwise_xor_(_shifted(state, shift)).mul_(_signed(factor))
