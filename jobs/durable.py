@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def replace_whole(path: Path, data: bytes, *, synced: bool = True) -> None:
     `synced=False` leaves out the two syncs: for files that are only news (status), where an old one after a power cut
     does no harm.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -81,7 +82,33 @@ def replace_whole(path: Path, data: bytes, *, synced: bool = True) -> None:
 def make_folder(folder: Path) -> None:
     """Make a folder that must not exist yet, durably; FileExistsError when it does."""
     os.mkdir(folder, 0o700)  # noqa: PTH102
-    sync_folder(folder.parent)
+    try:
+        sync_folder(folder.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # noqa: PTH106 -- or the next try would find it there
+        raise
+
+
+def make_file(path: Path) -> int:
+    """Make a file to append to, which must not exist yet, durably; returns its descriptor. FileExistsError else."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+    try:
+        sync_folder(path.parent)
+    except BaseException:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # noqa: PTH108
+        raise
+    return descriptor
+
+
+def have_folder(folder: Path) -> None:
+    """Make a folder and what is missing above it, each durably, for this user only; may be called any number of times."""
+    if not folder.is_dir():
+        have_folder(folder.parent)
+        with contextlib.suppress(FileExistsError):
+            make_folder(folder)
 
 
 def save_json(path: Path, document: Any, *, synced: bool = True) -> None:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_POLL_S = 0.02
+_POLL_S = 0.005
+_PROBE_S = 0.05  # a probe (`is_held`) holds the lock for microseconds, and is not a holder
 
 
 def take(path: Path, wait_s: float = 0.0) -> int | None:
@@ -18,17 +19,15 @@ def take(path: Path, wait_s: float = 0.0) -> int | None:
     The caller keeps the descriptor open for as long as it holds the lock; lock files are never deleted.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(descriptor)
-                return None
+    deadline = time.monotonic() + max(wait_s, _PROBE_S)
+    taken = False
+    try:
+        while not (taken := _flock(descriptor, fcntl.LOCK_EX)) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        else:
-            return descriptor
+    finally:
+        if not taken:
+            os.close(descriptor)
+    return descriptor if taken else None
 
 
 @contextlib.contextmanager
@@ -50,9 +49,15 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return not _flock(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
-    return False
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    """Take the lock if that can be done at once; whether it could."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import re
 import threading
 import time
@@ -19,11 +21,11 @@ from jobs import durable
 SYNC_ROWS = 64
 """A power cut loses at most this many rows: `append` waits for the disk rather than let more stand unsynced."""
 SYNC_S = 0.5
-"""A power cut loses at most the rows of this many seconds."""
+"""A power cut loses at most the rows of this many seconds, on a disk that syncs within half of that."""
 _SYNC_EARLY_ROWS = SYNC_ROWS // 2  # the disk works on one half while the other half is being written
 _SYNC_EARLY_S = SYNC_S / 2  # the sync itself takes time too
 _CHUNK_BYTES = 1 << 22
-_CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})"\}$')
+_CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})"\}')
 _CHECKSUM_BYTES = len(b',"crc":"00000000"}')
 _HEAD = re.compile(rb'\{"key":"([^"\\]*)","error":(null|")')
 Row = dict[str, Any]
@@ -36,8 +38,10 @@ class BadRow(ValueError):
 def encode(row: Row) -> bytes:
     """A row as one line with its newline: key and error first, to be indexed without parsing; CRC-32 last.
 
-    Raises ValueError for NaN and infinities, which JSON does not have.
+    Raises ValueError for what would not come back: NaN, infinities, a key that is not text, a field named `crc`.
     """
+    if not isinstance(row["key"], str) or "crc" in row:
+        raise ValueError("a row's key is text, and no field of it is named crc: that is the checksum's")
     ordered = {"key": row["key"], "error": row["error"], **row}
     try:
         body = json.dumps(ordered, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
@@ -49,7 +53,7 @@ def encode(row: Row) -> bytes:
 def checked(line: bytes) -> bytes:
     """The line, without its newline, if its checksum is right; raises BadRow."""
     line = line.rstrip(b"\n")
-    found = _CHECKSUM.search(line)
+    found = _CHECKSUM.fullmatch(line, max(0, len(line) - _CHECKSUM_BYTES))
     if found is None:
         raise BadRow("no checksum at the end of the line")
     if zlib.crc32(b"}", zlib.crc32(memoryview(line)[:-_CHECKSUM_BYTES])) != int(found[1], 16):
@@ -58,24 +62,28 @@ def checked(line: bytes) -> bytes:
 
 
 def decode(line: bytes) -> Row:
-    """The row of a line; raises BadRow."""
+    """The row of a line, without its checksum; raises BadRow."""
     try:
-        row = json.loads(checked(line))
-    except ValueError as error:
+        row = json.loads(checked(line).decode())
+    except (ValueError, RecursionError) as error:  # a checksum does not say that the line was written by `encode`
         raise BadRow(str(error)) from error
     if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         raise BadRow("not an object with a key")
+    del row["crc"]
     return row
 
 
 def head(line: bytes) -> tuple[str, bool]:
     """A row's key and whether it is without error, mostly without parsing the line; raises BadRow."""
     found = _HEAD.match(line)
-    if found is not None:
-        checked(line)
+    if found is None:
+        row = decode(line)
+        return row["key"], row.get("error") is None
+    checked(line)
+    try:
         return found[1].decode(), found[2] == b"null"
-    row = decode(line)
-    return row["key"], row.get("error") is None
+    except UnicodeDecodeError as error:
+        raise BadRow(str(error)) from error
 
 
 def whole_lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -168,6 +176,7 @@ def repair(path: Path) -> int:
         with durable.opened(path.with_name(path.name + ".torn"), os.O_WRONLY | os.O_CREAT | os.O_APPEND) as aside:
             durable.write_all(aside, tail + b"\n")
             durable.sync(aside)
+        durable.sync_folder(path.parent)
         os.ftruncate(descriptor, end)
         durable.sync(descriptor)
     return size - end
@@ -195,15 +204,18 @@ class Appender:
 
     def __init__(self, path: Path) -> None:
         """Make the file, durably by name; FileExistsError when it exists."""
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        durable.sync_folder(path.parent)
-        self._end = 0
+        self._descriptor = durable.make_file(path)
         self._written = 0
         self._synced = 0
-        self._oldest_unsynced_at = 0.0
-        self._failure: BaseException | None = None
+        self._wanted = 0  # rows that someone waits for
+        self._write_failure: OSError | None = None
+        self._sync_failure: OSError | None = None
         self._closing = False
-        self._changed = threading.Condition()
+        # A lock and queues made in C: a signal handler that raises (a TERM that ends the worker) can leave them at any
+        # moment. It would leave a Condition locked, and `close` waiting for ever.
+        self._writing = threading.Lock()
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._syncs: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._sync_in_groups, name="row-sync", daemon=True)
         self._thread.start()
 
@@ -220,41 +232,38 @@ class Appender:
     def append(self, row: Row) -> None:
         """Write a row; returns once a kill of this process cannot lose it. On OSError it is not there."""
         line = encode(row)
-        with self._changed:
-            while self._written - self._synced >= SYNC_ROWS and self._failure is None:
-                self._changed.wait()
-            self._raise_failure()
+        with self._writing:
+            if self._closing:
+                raise ValueError(f"the row {row['key']} came after close")
+            self._wait_for(self._written - SYNC_ROWS + 1)
+            _raise(self._write_failure or self._sync_failure)
             try:
-                self._end = durable.append(self._descriptor, line, self._end)
+                durable.append(self._descriptor, line, os.lseek(self._descriptor, 0, os.SEEK_END))
             except OSError as error:
-                self._failure = error
+                self._write_failure = error
                 raise
-            if self._written == self._synced:
-                self._oldest_unsynced_at = time.monotonic()
             self._written += 1
-            if self._written - self._synced in (1, _SYNC_EARLY_ROWS):
-                self._changed.notify_all()
+            if self._written - self._synced in (1, _SYNC_EARLY_ROWS, SYNC_ROWS):
+                _tell(self._wakes)
 
     def sync(self) -> None:
         """Return once every row written so far is on the disk; raises OSError."""
-        with self._changed:
-            goal = self._written
-            self._oldest_unsynced_at = 0.0  # as if it had waited long enough
-            self._changed.notify_all()
-            while self._synced < goal and self._failure is None:
-                self._changed.wait()
-            self._raise_failure()
+        with self._writing:
+            self._wanted = self._written
+            _tell(self._wakes)
+            self._wait_for(self._wanted)
+        _raise(self._sync_failure)
 
     def close(self) -> None:
         """Sync what is left and close the file; may be called twice. Raises OSError when rows could not be synced."""
-        with self._changed:
+        with self._writing:
             if self._closing:
                 return
             self._closing = True
-            self._changed.notify_all()
+        _tell(self._wakes)
         self._thread.join()
         os.close(self._descriptor)
-        self._raise_failure()
+        _raise(self._sync_failure)
 
     def __enter__(self) -> Appender:
         return self
@@ -262,34 +271,52 @@ class Appender:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise OSError(*self._failure.args) from self._failure
+    def _wait_for(self, synced: int) -> None:
+        """Return once that many rows are synced, or no more can be. The caller holds the lock: one waits at a time."""
+        while self._synced < synced and self._sync_failure is None:
+            self._syncs.get()
 
     def _sync_in_groups(self) -> None:
-        while self._wait_for_group():
-            goal = self._written
-            started = time.monotonic()
-            try:
-                durable.sync(self._descriptor)
-            except OSError as error:
-                with self._changed:
-                    self._failure = error
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                self._synced = goal
-                self._oldest_unsynced_at = started
-                self._changed.notify_all()
+        """The thread: sync when half of the rows that may stand unsynced do, or the oldest has for long enough."""
+        enough = _SYNC_EARLY_ROWS
+        oldest_at = 0.0
+        while self._sync_failure is None:
+            closing = self._closing  # looked at before the rows: none is written after it
+            unsynced = self._written - self._synced
+            left_s = oldest_at + _SYNC_EARLY_S - time.monotonic()
+            if unsynced == 0:
+                if closing:
+                    return
+                self._wakes.get()
+                oldest_at = time.monotonic()
+            elif unsynced < enough and left_s > 0 and self._wanted <= self._synced and not closing:
+                with contextlib.suppress(queue.Empty):
+                    self._wakes.get(timeout=left_s)
+            else:
+                oldest_at = time.monotonic()
+                disk_is_slower = self._sync_written()
+                enough = SYNC_ROWS if disk_is_slower else _SYNC_EARLY_ROWS  # then each sync is to do all it may
 
-    def _wait_for_group(self) -> bool:
-        """Wait until enough rows, or old enough ones, are unsynced; False when closing with nothing left to sync."""
-        with self._changed:
-            while True:
-                unsynced = self._written - self._synced
-                if self._closing or self._failure is not None:
-                    return unsynced > 0 and self._failure is None
-                age_s = time.monotonic() - self._oldest_unsynced_at
-                if unsynced >= _SYNC_EARLY_ROWS or (unsynced and age_s >= _SYNC_EARLY_S):
-                    return True
-                self._changed.wait(_SYNC_EARLY_S - age_s if unsynced else None)
+    def _sync_written(self) -> bool:
+        """Sync every row written so far and say so; whether meanwhile as many were written as may stand unsynced."""
+        goal = self._written
+        try:
+            durable.sync(self._descriptor)
+        except OSError as error:
+            self._sync_failure = error
+        disk_is_slower = self._written - self._synced >= SYNC_ROWS
+        if self._sync_failure is None:
+            self._synced = goal
+        _tell(self._syncs)
+        return disk_is_slower
+
+
+def _tell(waiting: queue.SimpleQueue[None]) -> None:
+    """Wake who waits, to look again; one message is enough."""
+    if waiting.empty():
+        waiting.put(None)
+
+
+def _raise(failure: OSError | None) -> None:
+    if failure is not None:
+        raise OSError(*failure.args) from failure

@@ -90,7 +90,7 @@ class Arrivals:
         if not isinstance(name, str) or not rundir.may_come_home(name):
             raise NotReachable(f"The machine sent a file with the name {name!r}, which is not one of a run's.")
         path = self.copy.folder / name
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        durable.have_folder(path.parent)
         return path
 
     def _name(self, path: Path) -> str:

@@ -106,7 +106,7 @@ def create(record: Record, job: dict[str, Any]) -> Run:
 
 def _remember(home: rundir.Home) -> None:
     book = config.state_folder() / "runs"
-    book.mkdir(mode=0o700, exist_ok=True)
+    durable.have_folder(book)
     durable.save_json(book / f"{home.run_id}.json", {"path": str(home.folder.absolute())})
 
 

@@ -33,7 +33,7 @@ Frame = dict[str, Any]
 
 def put(run: rundir.Run, source: BinaryIO) -> Frame:
     """Take files into a run that has not started: frames of a JSON line `{name, bytes, sha256}` and that many bytes."""
-    run.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.have_folder(run.folder)
     taken = []
     while line := source.readline():
         frame = json.loads(line)
@@ -44,7 +44,7 @@ def put(run: rundir.Run, source: BinaryIO) -> Frame:
         if not (name in _PUT or (rundir.may_come_home(name) and name.count("/") == 1)):
             return {"error": "refused", "name": name}
         path = run.folder / name
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        durable.have_folder(path.parent)
         durable.replace_whole(path, data)
         taken.append(name)
     return {"put": taken}
@@ -55,7 +55,7 @@ def start(run: rundir.Run, request: dict[str, Any]) -> Frame:
 
     The request holds the whole job, and the order for the supervisor with the last attempt the asker knows of.
     """
-    run.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    durable.have_folder(run.folder)
     with locks.held(run.start_lock, _START_WAIT_S):
         known = durable.load_json(run.job)
         if known is None:

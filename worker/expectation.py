@@ -40,12 +40,17 @@ class Watch:
         self._take(row)
         low, high = self._sequence.interval()
         if self._expected.violated_by((low, high)):
-            raise OutOfExpectation(
-                f"After {self._next} problems the score lies between {low:.3f} and {high:.3f} "
-                f"(99 % sequential interval), outside the expected {self._expected.low:g}..{self._expected.high:g}. Every row so far is kept. "
-                "Five completions:\n" + "\n".join(self._shown),
-                "Look at the first prompt in the log. Go on all the same: gpu resume. Or mend it and start a new run.",
-            )
+            raise self._failure(low, high)
+
+    def _failure(self, low: float, high: float) -> OutOfExpectation:
+        assert self._expected is not None
+        shown = "\n".join(self._shown)
+        return OutOfExpectation(
+            f"After {self._next} problems the score lies between {low:.3f} and {high:.3f} (99 % sequential interval), "
+            f"outside the expected {self._expected.low:g}..{self._expected.high:g}. Every row so far is kept. "
+            f"{len(self._shown)} completions:\n{shown}",
+            "Look at them and at the first prompt in the log. Go on all the same: gpu resume. Or mend it and run anew.",
+        )
 
     def _take(self, row: rows.Row) -> None:
         if len(self._shown) < _SHOWN and row["error"] is None:

@@ -232,7 +232,7 @@ def _commit(name: str, revision: str | None) -> str:
 
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
-    with _explained(ModelRequest(name, revision), "commit"):
+    with _explained(ModelRequest(name, revision), "files"):
         try:
             path = hf_hub_download(name, "config.json", revision=revision)
         except EntryNotFoundError:  # an adapter

@@ -112,7 +112,7 @@ def _prepare(
             for example, prompt in zip(examples, rendered, strict=True)
             for sample in range(params["samples"])
         ],
-        findings=prompts.check(rendered, renderer, _facts(request, sampling, params["samples"])),
+        findings=prompts.check(rendered, renderer, _facts(request, renderer, sampling, params["samples"])),
         first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
         dataset_digest=records.digest,
     )
@@ -199,6 +199,23 @@ def _item(
     return Item(key=key, example=example, sample_index=sample, prompt=prompt, asked=asked)
 
 
-def _facts(request: models.ModelRequest, sampling: Sampling, samples: int) -> prompts.Facts:
+def _facts(request: models.ModelRequest, renderer: prompts.Renderer, sampling: Sampling, samples: int) -> prompts.Facts:
     config = models.load_config(request)
-    return prompts.Facts(sampling=sampling, samples=samples, context_length=prompts.context_length(config))
+    return prompts.Facts(
+        sampling=sampling,
+        samples=samples,
+        context_length=prompts.context_length(config),
+        vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
+        end_ids=_end_ids(request, config) | {renderer.tokenizer.eos_token_id} - {None},
+    )
+
+
+def _end_ids(request: models.ModelRequest, config: Any) -> frozenset[int]:
+    """The tokens that end a completion, as the model's generation settings have them, else its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(request.model, revision=request.revision).eos_token_id
+    except OSError:  # a model need not come with generation settings
+        ends = getattr(config, "eos_token_id", None)
+    return frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -153,11 +153,11 @@ def _equation(step: Step) -> str:
     return f"{left}{sign}{right}={_value(step)}"  # tight, as in GSM8K's calculator annotations: fewer tokens
 
 
-# --- operands: one digit on level 1, up to 14 on level 2, up to 20 on level 3 ----------------------------------------
+# --- operands: one digit on level 1, up to 19 on level 2, up to 30 on level 3 ----------------------------------------
 
 
 def _largest(level: int) -> int:
-    return (9, 14, 20)[level - 1]
+    return (9, 19, 30)[level - 1]
 
 
 def _two_numbers(random: Random, level: int) -> Operands:
@@ -240,7 +240,7 @@ _SUBJECTS = {
         ),
     ),
     "two-step": _Subject(
-        weight=2,
+        weight=2.5,
         draw=_two_numbers_and_part,
         steps=_sum_then_difference,
         wordings=(
@@ -249,7 +249,7 @@ _SUBJECTS = {
         ),
     ),
     "comparison": _Subject(
-        weight=0.7,
+        weight=0.5,
         draw=_two_numbers,
         steps=_both_together,
         wordings=("{name} has {0} {things}. {other} has {1} more than {name}. How many {things} in all?",),

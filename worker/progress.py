@@ -13,7 +13,7 @@ _INTERVAL_S = 0.5
 
 
 class Progress:
-    """Replaces progress.json at most twice a second, unsynced: a lost one costs nothing. Failing to write is no failure."""
+    """Replaces progress.json at most twice a second, unsynced: a lost one, or one not written, costs nothing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -149,7 +149,9 @@ def serve(source: BinaryIO, out: BinaryIO) -> int:
         try:
             function = function or _load(hello["path"], hello["function"])
             request = json.loads(line)
-            answer: dict[str, Any] = {"scores": [float(score) for score in function(request["problem"], request["candidates"])]}
+            answer: dict[str, Any] = {
+                "scores": [float(score) for score in function(request["problem"], request["candidates"])]
+            }
         except Exception as error:  # noqa: BLE001 -- the user's code may raise anything; it is shown on its column
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What `auto` became, and the fingerprint of everything that changes results: settled once, kept to by every attempt."""
+"""What `auto` became and the fingerprint of everything that changes results: settled once, kept to by every attempt."""
 
 from __future__ import annotations
 

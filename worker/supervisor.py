@@ -118,7 +118,7 @@ class Supervisor:
         """One attempt from its folder to its seal."""
         number = self.run.last_attempt() + 1
         attempt = self.run.attempt(number)
-        attempt.folder.parent.mkdir(mode=0o700, exist_ok=True)
+        durable.have_folder(attempt.folder.parent)
         durable.make_folder(attempt.folder)
         durable.save_json(self.run.current, {"attempt": number})  # durable before the fork: an attempt starts once
         worker = self._spawn(attempt)

@@ -49,13 +49,13 @@ class Recipe:
     """Everything the trained weights follow from; a changed recipe is another model, in another folder.
 
     Wider initial weights, a shorter memory of AdamW and a smaller RoPE base than usual let a model this small learn
-    arithmetic in a thousand steps, measured on the held-out problems.
+    arithmetic within 800 steps, measured on the held-out problems.
     """
 
     version: int = 1
     """Raised when this module trains another way with the same numbers."""
     seed: int = 1
-    steps: int = 1000
+    steps: int = 800
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 20

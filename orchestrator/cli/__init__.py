@@ -71,14 +71,11 @@ def main() -> NoReturn:
         print("gpu does not run on native Windows. Use WSL2: https://learn.microsoft.com/windows/wsl/", file=sys.stderr)  # noqa: T201
         sys.exit(errors.ConfigError.exit_code)
     try:
-        gpu.main(standalone_mode=False)
+        code = gpu.main(standalone_mode=False) or errors.DONE  # Click hands an exit code back as the result
         sys.stdout.flush()
-        code = errors.DONE
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except click.exceptions.Exit as leaving:
-        code = leaving.exit_code
     except errors.GpuError as error:
         _say(error.message, error.hint)
         code = error.exit_code
