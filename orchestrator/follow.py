@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from jobs import durable, spec
 from orchestrator import clock, transport
+from orchestrator.errors import NotReachable
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
 
 STREAM_S = 60.0
 """How long one pull keeps sending before a new one takes over."""
+CUTS_MAX = 5
+"""Pulls in a row that may be cut off before it is said that something is wrong."""
+_PAUSE_S = 0.5
 RECORD_S = 1.0
 """How often run.json is brought up to date while following."""
 
@@ -35,11 +40,21 @@ def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: Ne
 
 
 def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> dict[str, Any]:
-    """Pull until the run is not running any more; returns the end frame that says how it stands."""
-    while True:
+    """Pull until the run is not running any more; returns the end frame that says how it stands.
+
+    Raises NotReachable when pulls are cut off again and again.
+    """
+    cuts = 0
+    while cuts < CUTS_MAX:
         end = pull(run, machine, arrivals, STREAM_S, news)
         if end is not None and end["state"] != "running":
             return end
+        cuts = 0 if end is not None else cuts + 1
+        time.sleep(0 if end is not None else _PAUSE_S * cuts)
+    raise NotReachable(
+        f"{machine.name} ended {CUTS_MAX} pulls of {run.run_id} in the middle. The run may go on there by itself.",
+        f"Look again: gpu resume {run.run_id}",
+    )
 
 
 def note(run: Run, arrivals: Arrivals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from jobs import durable, locks, rows, rundir
 from orchestrator.errors import HomeDiskFull, NotReachable
 
-_WHOLE_MAX_BYTES = 64 << 20
+_BATCH_ROWS = 10_000
 
 
 class Arrivals:
@@ -40,8 +41,9 @@ class Arrivals:
         for machine in sorted((self.home.folder / "machines").glob("*")):
             for attempt in rundir.Run(machine).attempts():
                 rows.repair(attempt.folder / name)
-                lines = [line for _, line in rows.whole_lines(attempt.folder / name)]
-                self._merge(merged, found, lines)
+                lines = (line for _, line in rows.whole_lines(attempt.folder / name))
+                while batch := list(itertools.islice(lines, _BATCH_ROWS)):
+                    self._merge(merged, found, batch)
         return found
 
     def request(self, wait_s: float) -> dict[str, Any]:

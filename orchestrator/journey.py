@@ -17,7 +17,7 @@ Step = Callable[[Run, Machine, Arrivals, News], None]
 """Something done with a run by the one process that holds its lock."""
 
 
-def go(run: Run, news: News, idle: Callable[[], None], step: Step = advance.carry_home) -> None:
+def go(run: Run, news: News, idle: Callable[[], None] | None = None, step: Step = advance.carry_home) -> None:
     """Take `step` with the run until it has ended. While another process follows it, `idle` is called now and then.
 
     When that other process dies, this one takes over: the run's lock says who is alive.
@@ -30,7 +30,8 @@ def go(run: Run, news: News, idle: Callable[[], None], step: Step = advance.carr
                 run.reload()
                 step(run, machine, arrivals, news)
                 return
-        idle()
+        if idle:
+            idle()
         run.reload()
         if run.record.state in ENDED:
             return
@@ -63,10 +64,7 @@ def refresh(run: Run) -> bool:
         return False
     with arrivals:
         run.reload()
-        if run.record.state == "running":
-            end = follow.pull(run, machine, arrivals, 0.0, _unseen)
-            if end is not None:
-                advance.settle(run, arrivals, end)
+        _look(run, machine, arrivals, _unseen)
     return True
 
 
@@ -75,7 +73,7 @@ def stop(run: Run, grace_s: float) -> None:
     machine = planning.this_computer()
     if run.record.state in ("pushed", "running"):
         advance.stop(run, machine, grace_s)
-        refresh(run)
+        go(run, _unseen, step=_look)
     if run.record.state in ("planned", "pushed"):  # it had not begun
         run.save(state="stopped")
 
@@ -87,6 +85,14 @@ def _arrivals(run: Run) -> Iterator[Arrivals]:
         raise TimeoutError(f"another process has held {run.home.lock} for {_WAIT_FOR_LOCK_S:g} s")
     with arrivals:
         yield arrivals
+
+
+def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    """Bring home what there is and take over how the run stands, without waiting for its end."""
+    if run.record.state == "running":
+        end = follow.pull(run, machine, arrivals, 0.0, news)
+        if end is not None:
+            advance.settle(run, arrivals, end)
 
 
 def _unseen(_frame: object, _data: bytes) -> None:

@@ -20,6 +20,8 @@ from orchestrator.runs import Record, Run
 
 WORKER_PACKAGES = ("torch", "transformers", "peft", "datasets")
 _PATHS = ("dataset", "model", "adapter", "chat_template")
+_WORDS = ("auto", "none", "tiny", "generated")
+"""Values with a meaning of their own, even where a folder bears that name (write ./tiny for it)."""
 _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".jinja", ".jinja2", ".txt")
 _CHECK_DEADLINE_S = 900.0
 _GIT_DEADLINE_S = 10.0
@@ -123,6 +125,8 @@ def _check_paths(params: dict[str, Any]) -> None:
 
 def _is_path(value: str) -> bool:
     """Whether a value means a file or folder here, rather than a name on the Hub."""
+    if value in _WORDS:
+        return False
     return value.startswith((".", "/", "~")) or value.endswith(_FILE_SUFFIXES) or Path(value).exists()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from jobs import durable, locks
+from jobs import durable, locks, rundir
 from worker import models, problems
 from worker.failures import DiskFull, WorkerFailure
 from worker.problems import Problem
@@ -33,7 +33,6 @@ CHAT_TEMPLATE = (
 
 CONTEXT_TOKENS = 2048
 
-_MANIFEST = "MANIFEST.json"
 _TEMPORARY = ".tiny-training-"
 _WAIT_S = 1800.0
 """How long to wait for another process that trains; a busy machine with two slow cores may need minutes."""
@@ -54,7 +53,7 @@ class Recipe:
 
     version: int = 1
     """Raised when this module trains another way with the same numbers."""
-    seed: int = 1
+    seed: int = 0
     steps: int = 800
     batch_size: int = 32
     learning_rate: float = 3e-3
@@ -114,15 +113,17 @@ def name(recipe: Recipe = RECIPE) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with a model folder by its manifest, in words; None when every byte is as it was written."""
     try:
-        listed = durable.load_json(folder / _MANIFEST)
+        listed = durable.load_json(folder / rundir.MANIFEST)
     except ValueError:
         listed = None
     if not isinstance(listed, dict):
-        return f"{_MANIFEST} is missing or cannot be read"
+        return f"{rundir.MANIFEST} is missing or cannot be read"
     for file, entry in listed.items():
-        if not (folder / file).is_file():
-            return f"{file} is missing"
-        if _entry(folder / file) != entry:
+        try:
+            found = _entry(folder / file)
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+        if found != entry:
             return f"{file} is not what was written"
     return None
 
@@ -168,13 +169,13 @@ def _make(folder: Path, note: Note, recipe: Recipe) -> None:
     """Train into a temporary folder beside and rename it when every byte is on the disk: whole or not at all."""
     temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder.parent))
     try:
-        train(recipe, note).save_pretrained(temporary)
+        durable.replace_whole(temporary / "model.safetensors", _weights(train(recipe, note)))
         save_tokenizer(temporary, recipe)
         files = sorted(temporary.iterdir())
         for file in files:
             with durable.opened(file, os.O_RDWR) as descriptor:
                 durable.sync(descriptor)
-        durable.save_json(temporary / _MANIFEST, {file.name: _entry(file) for file in files})
+        durable.save_json(temporary / rundir.MANIFEST, {file.name: _entry(file) for file in files})
         temporary.rename(folder)
         durable.sync_folder(folder.parent)
     except OSError as error:
@@ -183,6 +184,14 @@ def _make(folder: Path, note: Note, recipe: Recipe) -> None:
         raise DiskFull(f"No space is left in {folder.parent} for the built-in model (2 MB).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _weights(model: Any) -> bytes:
+    """The weights as safetensors. Not by save_pretrained, which shows progress bars and hides that the disk is full."""
+    from safetensors.torch import save
+
+    tied = "lm_head.weight"  # the embedding under its other name
+    return save({key: tensor for key, tensor in model.state_dict().items() if key != tied}, {"format": "pt"})
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
             journey.set_off(run)
         else:
             with view.watching(run.record.rows_home, how["quiet"] or how["as_json"]) as news:
-                journey.go(run, news, _nothing)
+                journey.go(run, news)
     if how["as_json"]:
         output.document({**advance.document(run), "folder": str(run.home.folder), "summary": results.load_summary(run)})
     elif not how["detach"] and run.record.rows_home:
@@ -117,10 +117,6 @@ def _leaving(run: Run) -> Iterator[None]:
             err=True,
         )
         raise click.exceptions.Exit(errors.INTERRUPTED) from None
-
-
-def _nothing() -> None:
-    """Another process of ours follows the run; this one waits for it."""
 
 
 def _show_check(found: dict[str, Any], as_json: bool) -> None:

@@ -27,7 +27,7 @@ def gpu(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def follow(run: Run) -> None:
-    journey.go(run, lambda _frame, _data: None, lambda: None)
+    journey.go(run, lambda _frame, _data: None)
 
 
 def keys_at_home(run: Run) -> list[str]:
@@ -219,3 +219,13 @@ def test_a_step_done_twice_is_done_once(counting_run: Callable[..., Run], on_mac
     assert_home(run, on_machine(run), 10)
     assert len(on_machine(run).attempts()) == 1
     assert config.state_folder().is_dir()
+
+
+def test_stop_waits_for_the_command_that_follows(counting_run: Callable[..., Run], on_machine: Folder) -> None:
+    """A stop beside a following `gpu resume` says how the run ended, not that it still runs."""
+    run = counting_run(count=500, pace_s=0.03)
+    child = subprocess.Popen([*GPU, "resume", run.run_id, "-q"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: run.home.rows.exists() and rows.index(run.home.rows).good >= 3)
+    stopped = gpu("stop", run.run_id)
+    assert "is stopped" in stopped.stdout, stopped.stdout + stopped.stderr
+    assert child.wait(timeout=30) == 10

@@ -73,7 +73,7 @@ def test_a_score_out_of_range_stops_the_run_and_a_resume_goes_on(trained: None) 
 
 
 def test_a_resume_with_another_dataset_explains_and_stops(trained: None) -> None:
-    """When the dataset changed since the run began, a resume names what differs, generates nothing and keeps the rows."""
+    """When the dataset changed since the run began, a resume names what differs and keeps the rows."""
     path = Path("data.jsonl")
     path.write_text("".join(PROBLEM.format(n, n + 2) for n in range(1, 5)), encoding="utf-8")
     assert gpu("run", "eval-gsm8k", "-q", "--set", "dataset=data.jsonl", "--set", "samples=1").returncode == 0
