@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from jobs import spec
 from worker import tasks
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import Task
@@ -62,18 +63,24 @@ class _Tally:
             del self.scores[index]
 
 
+class UnknownTask(ConfigFailure):
+    """No benchmark has that name: what was typed is wrong."""
+
+    kind = "usage"
+
+
 def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Read `{task, path, completion, target}`, write what `gpu rescore --json` promises; returns the exit code.
 
-    What cannot be scored gives `{"failed": {"message", "hint"}}` instead, and a code other than 0. Indexes count the
-    file's rows from 0; messages count its lines from 1.
+    What cannot be scored gives `{"failed": {"kind", "message", "hint"}}` instead, and a code other than 0. Indexes
+    count the file's rows from 0; messages count its lines from 1.
     """
     try:
         request = _request(stdin.read())
         task = _task(request.task)
         tally = _scored(request, task)
     except ConfigFailure as failure:
-        document = {"failed": {"message": failure.message, "hint": failure.hint}}
+        document = {"failed": {"kind": failure.kind, "message": failure.message, "hint": failure.hint}}
         stdout.write(json.dumps(document).encode() + b"\n")
         return EXIT_CONFIG
     for piece in _document(request, tally):
@@ -93,7 +100,7 @@ def _task(name: str) -> Task:
     try:
         return tasks.get(name)
     except KeyError:
-        raise ConfigFailure(f"There is no task {name!r}.", f"Known are: {', '.join(tasks.TASKS)}.") from None
+        raise UnknownTask(f"There is no task {name!r}: {spec.nearest(name, tasks.TASKS)}") from None
 
 
 def _scored(request: Request, task: Task) -> _Tally:

@@ -12,6 +12,11 @@ from orchestrator.cli import output
 from orchestrator.runs import Run
 
 _DISAGREEMENTS_SHOWN = 10
+_DOUBTFUL = (
+    ("finish_length", 0.05, "of the completions were cut at max_new_tokens; a larger one may score better."),
+    ("no_answer", 0.10, "of the completions hold no answer; look at some: the prompt may not ask for one clearly."),
+)
+"""Shares that make a score doubtful above a limit, with what to think of."""
 
 
 @click.command()
@@ -68,7 +73,7 @@ def show(run: Run) -> None:
     found = load_summary(run)
     click.echo(
         f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
-        f"{found['tokens_out']} tokens in {found['seconds']:.0f} s"
+        f"{found['tokens_out']} tokens in {found['seconds']:.1f} s"
     )
     for title, block in (("SELECTION", found["selection"]), ("METRIC", found["metrics"])):
         lines = [
@@ -78,7 +83,21 @@ def show(run: Run) -> None:
         if lines:
             click.echo("")
             output.columns([title, "VALUE", "STDERR", "95 % INTERVAL"], lines)
+    for warning in _warnings(found):
+        click.echo(f"\nWarning: {warning}")
     click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    """What makes the numbers above doubtful, in words."""
+    said = [output.plain(warning) for warning in found["resolved"].get("warnings", [])]
+    for name, most, words in _DOUBTFUL:
+        share = found["metrics"].get(name, {}).get("value") or 0.0
+        if share > most:
+            said.append(f"{share:.0%} {words}")
+    if found["unscored"]:
+        said.append(f"{found['unscored']} rows have no score; rows.jsonl says why. They are left out of every number.")
+    return said
 
 
 def _interval(ends: list[float | None]) -> str:

@@ -13,7 +13,7 @@ from tiny_models import loaded, model, tokenizer, wrapped
 
 from worker.failures import ConfigFailure
 from worker.generators import Completion, Prompt, Sampling, hf
-from worker.generators.slots import GROWTH_COLUMNS
+from worker.generators.slots import GROWTH_COLUMNS, Slots
 from worker.models import LoadedModel
 
 GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=24)
@@ -229,13 +229,15 @@ def test_rows_end_at_the_token_limit() -> None:
             assert (completion.finish_reason, completion.tokens_out) == ("length", limit)
 
 
-def test_learned_positions_are_never_overrun() -> None:
-    """A row waiting to be cut out does not go on to positions the model does not have."""
-    made = endless("gpt2", torch.float32)
-    full = Prompt("full", (9,) * 250, 1)  # 250 + 6 = all 256 positions
-    short = [Prompt(str(number), (9, 9), number) for number in range(3)]
-    got = run(made, [full, *short], Sampling(0, 1, 6), batch_size=4)
-    assert got["full"].tokens_out == 6
+def test_a_row_waiting_to_be_cut_out_stays_where_it_is() -> None:
+    """A row that is done at the model's last position does not go on to positions the model does not have."""
+    made = loaded("gpt2")
+    slots = Slots(made.model, made.device)
+    with torch.inference_mode():
+        block, _ = slots.prefill([(9,) * 256, (9, 9)])
+        for _ in range(3):
+            slots.decode(block, torch.tensor([9, 9]), alive=torch.tensor([0, 1])) if block.width > 256 else None
+    assert block.lengths.tolist() == [256, 5]
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def test_a_bad_line_is_named(tmp_path: Path, content: bytes, words: str) -> None
     path.write_bytes(content)
     code, found = rescore(path)
     assert code != 0
-    assert set(found["failed"]) == {"message", "hint"}
+    assert set(found["failed"]) == {"kind", "message", "hint"}
     assert words in found["failed"]["message"]
     assert str(path) in found["failed"]["message"]
 
