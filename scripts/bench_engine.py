@@ -22,11 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 """The real problems, where a developer has them beside the project."""
 SAMPLES = 5
-MAX_NEW_TOKENS, MAX_NEW_TOKENS_ENDLESS = 400, 96
+SAMPLING, SAMPLING_ENDLESS = Sampling(0.7, 0.9, max_new_tokens=400), Sampling(0.7, 0.9, max_new_tokens=96)
 PLAIN_BATCH = 16
 ROUNDS = 3
-BATCHES = (1, 16, 64)
 WARM_UP_ROWS = 64
+BATCHES = (1, 16, 64)
+"""Sizes whose texts are compared."""
 
 Texts = dict[str, str]
 """The text of each completion, by key."""
@@ -34,43 +35,73 @@ Texts = dict[str, str]
 
 @dataclass(frozen=True)
 class Workload:
-    """The first problems of a dataset, each asked `SAMPLES` times. `endless`: no row ends before its last token."""
+    """The first problems of a dataset, each asked `SAMPLES` times.
+
+    `endless`: no row ends before its last token, so that a batch that is never refilled is at its best.
+    """
 
     name: str
     dataset: str
     problems: int
     endless: bool = False
 
-    @property
-    def sampling(self) -> Sampling:
-        """How both sides draw."""
-        return Sampling(0.7, 0.9, MAX_NEW_TOKENS_ENDLESS if self.endless else MAX_NEW_TOKENS)
-
 
 WORKLOADS = (
     Workload("generated problems", sources.GENERATED, 200),
-    Workload("GSM8K", str(GSM8K), 80),
-    Workload(f"GSM8K, all to {MAX_NEW_TOKENS_ENDLESS} tokens", str(GSM8K), 20, endless=True),
+    Workload("GSM8K", str(GSM8K), 60),
+    Workload("GSM8K, none ends early", str(GSM8K), 20, endless=True),
 )
-TEXTS = Workload("texts", sources.GENERATED, 120)
+COMPARED = Workload("texts", sources.GENERATED, 120)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One model and one way of drawing, for both loops."""
+
+    loaded: models.LoadedModel
+    sampling: Sampling
+
+    def ours(self, wanted: list[Prompt], batch_size: int | None) -> Texts:
+        """The completions of our engine; `batch_size` None is auto."""
+        engine = HfGenerator(self.loaded, batch_size, print)
+        return {prompt.key: completion.text for prompt, completion in engine.generate(wanted, self.sampling)}
+
+    def plain(self, wanted: list[Prompt], batch_size: int) -> Texts:
+        """The completions of the loop everyone writes first: batches in file order, left-padded, through `generate`."""
+        tokenizer = self.loaded.tokenizer
+        texts: list[str] = []
+        with torch.inference_mode():
+            for start in range(0, len(wanted), batch_size):
+                ids = [list(prompt.token_ids) for prompt in wanted[start : start + batch_size]]
+                batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+                made = self.loaded.model.generate(
+                    **batch,
+                    do_sample=True,
+                    temperature=self.sampling.temperature,
+                    top_p=self.sampling.top_p,
+                    top_k=0,  # off, as in our engine; left out, it would be 50
+                    max_new_tokens=self.sampling.max_new_tokens,
+                )
+                texts += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return {prompt.key: text for prompt, text in zip(wanted, texts, strict=True)}
 
 
 def main() -> Iterator[Figure | str]:
     """Every figure of this part."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    loaded = load("float32")
+    size = load("float32").parameters / 1e6
     yield (
         f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} thread, "
-        f"the built-in model of {loaded.parameters / 1e6:.2f} million parameters, {ROUNDS} rounds in turn"
+        f"the built-in model of {size:.2f} million parameters; medians of {ROUNDS} rounds"
     )
     for workload in WORKLOADS:
-        if workload.dataset == str(GSM8K) and not GSM8K.is_file():
-            yield f"{workload.name}: skipped, shared/data/gsm8k is not beside the project"
-            continue
-        yield from speed(workload, without_end(load("float32")) if workload.endless else loaded)
-    for dtype, most in (("float32", None), ("float64", 0.0)):
-        yield texts_that_differ(load(dtype), dtype, most)
+        if Path(workload.dataset).is_absolute() and not Path(workload.dataset).is_file():
+            yield f"{workload.name}: skipped, the problems are not beside the project ({GSM8K.relative_to(ROOT.parent)})"
+        else:
+            yield from speed(workload)
+    yield texts_that_differ("float32", None)
+    yield texts_that_differ("float64", 0.0)
 
 
 def load(dtype: str) -> models.LoadedModel:
@@ -79,11 +110,14 @@ def load(dtype: str) -> models.LoadedModel:
     return models.load_model(models.ModelRequest(str(folder), dtype=dtype, device="cpu"))
 
 
-def without_end(loaded: models.LoadedModel) -> models.LoadedModel:
-    """The same model with nothing that ends a completion: a batch that is never refilled is then at its best."""
+def contest(workload: Workload) -> Contest:
+    """The model and the drawing for a workload; when it is endless, a token that never comes is the one that ends."""
+    loaded = load("float32")
+    if not workload.endless:
+        return Contest(loaded, SAMPLING)
     loaded.tokenizer.eos_token = tiny.PAD
     loaded.model.generation_config.eos_token_id = loaded.tokenizer.pad_token_id
-    return loaded
+    return Contest(loaded, SAMPLING_ENDLESS)
 
 
 def asked(workload: Workload, loaded: models.LoadedModel) -> list[Prompt]:
@@ -98,67 +132,36 @@ def asked(workload: Workload, loaded: models.LoadedModel) -> list[Prompt]:
     return found
 
 
-@dataclass(frozen=True)
-class Loop:
-    """Makes completions one way or the other: with a model, drawn so, so many rows at a time."""
-
-    loaded: models.LoadedModel
-    sampling: Sampling
-    batch_size: int | None
-    """None is auto, which only our engine knows."""
-
-
-def ours(loop: Loop, wanted: list[Prompt]) -> Texts:
-    """The completions of our engine."""
-    engine = HfGenerator(loop.loaded, loop.batch_size, print)
-    return {prompt.key: completion.text for prompt, completion in engine.generate(wanted, loop.sampling)}
-
-
-def plain(loop: Loop, wanted: list[Prompt]) -> Texts:
-    """The completions of the loop everyone writes first: batches in file order, left-padded, through `generate`."""
-    tokenizer, texts = loaded.tokenizer, []
-    with torch.inference_mode():
-        for start in range(0, len(wanted), batch_size):
-            ids = [list(prompt.token_ids) for prompt in wanted[start : start + batch_size]]
-            batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-            made = loaded.model.generate(
-                **batch,
-                do_sample=True,
-                temperature=SAMPLING.temperature,
-                top_p=SAMPLING.top_p,
-                top_k=0,  # off, as in our engine; left out, it would be 50
-                max_new_tokens=SAMPLING.max_new_tokens,
-            )
-            texts += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return {prompt.key: text for prompt, text in zip(wanted, texts, strict=True)}
-
-
-def speed(workload: Workload, loaded: models.LoadedModel) -> Iterator[Figure | str]:
-    """Ours against the plain loop: the median over the rounds, in each of which all run, every time in another order."""
-    wanted = asked(workload, loaded)
+def speed(workload: Workload) -> Iterator[Figure | str]:
+    """Ours against the plain loop: the median over rounds in each of which all run, every time in another order."""
+    both = contest(workload)
+    wanted = asked(workload, both.loaded)
     loops: dict[str, Callable[[list[Prompt]], Texts]] = {
-        "plain": lambda some: plain(loaded, PLAIN_BATCH, some),
-        f"batch {PLAIN_BATCH}": lambda some: ours(loaded, PLAIN_BATCH, some),
-        "batch auto": lambda some: ours(loaded, None, some),
+        "plain": lambda some: both.plain(some, PLAIN_BATCH),
+        f"batch {PLAIN_BATCH}": lambda some: both.ours(some, PLAIN_BATCH),
+        "batch auto": lambda some: both.ours(some, None),
     }
     for loop in loops.values():
         loop(wanted[:WARM_UP_ROWS])
     rates: dict[str, list[float]] = {name: [] for name in loops}
     lengths: dict[str, float] = {}
     for number in range(ROUNDS):
-        for name in [*loops][number % len(loops) :] + [*loops][: number % len(loops)]:
+        turn = number % len(loops)
+        for name in [*loops][turn:] + [*loops][:turn]:
             rate, texts = timed(loops[name], wanted)
             rates[name].append(rate)
             lengths[name] = statistics.mean(map(len, texts.values()))
     tokens_in = statistics.mean(len(prompt.token_ids) for prompt in wanted)
     yield (
-        f"{workload.name}: {len(wanted)} rows, {tokens_in:.0f} tokens in; "
-        f"characters out: {lengths['plain']:.0f} plain, {lengths['batch auto']:.0f} ours"
+        f"{workload.name}: {len(wanted)} rows of {tokens_in:.0f} tokens in, "
+        f"{lengths['batch auto']:.0f} characters out (plain loop: {lengths['plain']:.0f})"
     )
-    for name in [*loops][1:]:
-        ratios = [ours / plain for ours, plain in zip(rates[name], rates["plain"], strict=True)]
-        beside = f"{middle(rates[name])} against {middle(rates['plain'])} rows/s, {min(ratios):.2f} to {max(ratios):.2f}"
-        yield Figure(f"{workload.name}, {name}", statistics.median(ratios), "times", beside, at_least=1.0)
+    slow = rates.pop("plain")
+    for name, fast in rates.items():
+        ratios = [ours / plain for ours, plain in zip(fast, slow, strict=True)]
+        words = f"{statistics.median(fast):.0f} against {statistics.median(slow):.0f} rows/s"
+        words += f"; {min(ratios):.2f} to {max(ratios):.2f} times"
+        yield Figure(f"{workload.name}, {name}", statistics.median(ratios), "times", words, at_least=1.0)
 
 
 def timed(loop: Callable[[list[Prompt]], Texts], wanted: list[Prompt]) -> tuple[float, Texts]:
@@ -169,27 +172,23 @@ def timed(loop: Callable[[list[Prompt]], Texts], wanted: list[Prompt]) -> tuple[
     return len(texts) / (time.perf_counter() - began_s), texts
 
 
-def middle(rates: list[float]) -> str:
-    """The median in whole rows."""
-    return f"{statistics.median(rates):.0f}"
-
-
-def texts_that_differ(loaded: models.LoadedModel, dtype: str, most: float | None) -> Figure:
-    """The share of rows whose text is not the same at every batch size; beside it the plain loop from one seed."""
-    wanted = asked(Workload("", sources.GENERATED, TEXT_PROBLEMS), loaded)
-    seen = [ours(loaded, size, wanted) for size in BATCHES]
-    beside = []
+def texts_that_differ(dtype: str, at_most: float | None) -> Figure:
+    """The share of rows whose text is not the same at every batch size; beside it, the plain loop from one seed."""
+    both = Contest(load(dtype), SAMPLING)
+    wanted = asked(COMPARED, both.loaded)
+    share = differing([both.ours(wanted, size) for size in BATCHES])
+    plain = []
     for size in BATCHES[1:]:
         torch.manual_seed(0)
-        beside.append(plain(loaded, size, wanted))
+        plain.append(both.plain(wanted, size))
     name = f"{dtype}: texts that differ, batch {', '.join(map(str, BATCHES))}"
-    words = f"plain loop, batch 16 and 64: {100 * differing(beside):.1f} %; {len(wanted)} rows"
-    return Figure(name, 100 * differing(seen), "%", words, at_most=most)
+    words = f"plain loop, one seed, batch {BATCHES[1]} and {BATCHES[2]}: {differing(plain):.1f} %; {len(wanted)} rows"
+    return Figure(name, share, "%", words, at_most=at_most)
 
 
 def differing(several: list[Texts]) -> float:
-    """The share of keys that do not have the same text in all."""
-    return sum(len({texts[key] for texts in several}) > 1 for key in several[0]) / len(several[0])
+    """The share, in percent, of keys that do not have the same text in all."""
+    return 100 * sum(len({texts[key] for texts in several}) > 1 for key in several[0]) / len(several[0])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ BROAD_EXCEPTS = {
     "orchestrator/cli/__init__.py": "the outermost frame of the command line",
     "worker/reranker.py": "the user's re-ranker",
     "worker/prompts.py": "a model's chat template",
+    "worker/sources.py": "the Hub's clients, which raise a dozen kinds",
 }
 """Files that may catch everything, each once, with the border they stand at."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef

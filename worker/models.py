@@ -114,7 +114,9 @@ def load_model(request: ModelRequest) -> LoadedModel:
     """The model on its device, in evaluation mode. On a CPU a small model also sets torch to one thread."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # bars are for terminals; this is read as a log
     _check_folder(request)
     if not Path(request.model).is_dir():  # so that all files are of one commit, even if the branch moves meanwhile
         request = dataclasses.replace(request, revision=_commit(request.model, request.revision))

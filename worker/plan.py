@@ -206,16 +206,5 @@ def _facts(request: models.ModelRequest, renderer: prompts.Renderer, sampling: S
         samples=samples,
         context_length=prompts.context_length(config),
         vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
-        end_ids=_end_ids(request, config) | {renderer.tokenizer.eos_token_id} - {None},
+        end_ids=models.end_token_ids(models.load_generation_config(request), renderer.tokenizer),
     )
-
-
-def _end_ids(request: models.ModelRequest, config: Any) -> frozenset[int]:
-    """The tokens that end a completion, as the model's generation settings have them, else its configuration."""
-    from transformers import GenerationConfig
-
-    try:
-        ends = GenerationConfig.from_pretrained(request.model, revision=request.revision).eos_token_id
-    except OSError:  # a model need not come with generation settings
-        ends = getattr(config, "eos_token_id", None)
-    return frozenset([ends] if isinstance(ends, int) else ends or ())

@@ -104,7 +104,7 @@ def ensure(models_dir: Path, note: Note, recipe: Recipe = RECIPE) -> Path:
 
 
 def name(recipe: Recipe = RECIPE) -> str:
-    """The folder's name: a digest of the recipe and of all the text that the model and its tokenizer learn from."""
+    """The folder's name: a digest of the recipe, the tokenizer's text, and the start of the endless training text."""
     text = [[problem.question, problem.solution] for problem in itertools.islice(problems.training(recipe.seed), 500)]
     identity = json.dumps([asdict(recipe), CHAT_TEMPLATE, list(_tokenizer_texts()), text])
     return f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"

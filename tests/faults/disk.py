@@ -1,4 +1,4 @@
-"""Stand-ins for the `os` that writes: one remembers every effect, one fails at the n-th, one stalls; and power cuts.
+"""Stand-ins for the `os` that writes: disks that remember, fail, stall, are full or lose; and what a power cut leaves.
 
 The model of a power cut: what was synced is there; of what was not, each 4 KiB page may be written, missing, zeroed or
 rubbish, independently of the others, and each new name may be there or not. Bytes outside the range of a write are not
@@ -198,24 +198,33 @@ def _apply(content: bytearray, effect: Effect) -> None:
         content[effect.offset : effect.offset + len(effect.data)] = effect.data
 
 
+@dataclass(frozen=True)
+class Fault:
+    """How a disk fails: with which error, whether for good, and whether the first failing write does half its work."""
+
+    error: int
+    from_then_on: bool = False
+    half: bool = False
+
+    @property
+    def can_remove(self) -> bool:
+        """Whether files can still be cut and removed: on a full disk they can."""
+        return self.error == errno.ENOSPC or not self.from_then_on
+
+
 class FailingOs:
-    """`os`, whose n-th change of the disk fails; with `from_then_on`, so does every later one.
+    """`os`, whose n-th change of the disk fails. Half a write is no error of its own: only the next call says why."""
 
-    `fault` is an error number, or "short": half is written, and the rest meets a full disk. A full disk still
-    lets files be cut and removed.
-    """
-
-    def __init__(self, n: int, fault: int | str, *, from_then_on: bool = False) -> None:
-        self.n = n
-        self.count = 0
-        self._fault = fault
-        self._from_then_on = from_then_on or fault == "short"
+    def __init__(self, n: int, fault: Fault) -> None:
+        self.fault = fault
+        self._n = n
+        self._count = 0
         self._lock = threading.Lock()  # rows are synced by a thread of their own
 
     @property
     def has_failed(self) -> bool:
         """Whether the n-th change came at all."""
-        return self.count >= self.n
+        return self._count >= self._n
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(os, name)
@@ -226,19 +235,19 @@ class FailingOs:
             if name == "open" and not words[1] & os.O_CREAT:
                 return real(*words)
             with self._lock:
-                self.count += 1
-                at = self.count
-            if at == self.n or (at > self.n and self._from_then_on and name not in self._possible()):
-                if name == "write" and self._fault == "short" and at == self.n and len(words[1]) > 1:
-                    return real(words[0], words[1][: len(words[1]) // 2])
-                number = errno.ENOSPC if self._fault == "short" else int(self._fault)
-                raise OSError(number, os.strerror(number))
+                self._count += 1
+                at = self._count
+            if at == self._n and self.fault.half and name == "write":
+                return real(words[0], words[1][: len(words[1]) // 2])
+            if at == self._n or (at > self._n and self._still_fails(name)):
+                raise OSError(self.fault.error, os.strerror(self.fault.error))
             return real(*words)
 
         return change
 
-    def _possible(self) -> tuple[str, ...]:
-        return ("ftruncate", "unlink", "rmdir") if self._fault in ("short", errno.ENOSPC) else ()
+    def _still_fails(self, name: str) -> bool:
+        removes = name in ("ftruncate", "unlink", "rmdir")
+        return self.fault.from_then_on and not (removes and self.fault.can_remove)
 
 
 class StallingOs:
@@ -253,3 +262,28 @@ class StallingOs:
     def fdatasync(self, descriptor: int) -> None:
         self.go_on.wait()
         os.fdatasync(descriptor)
+
+
+class FullOs:
+    """`os` on a disk that is full for as long as it is said to be."""
+
+    is_full = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.write(descriptor, data)
+
+
+class LosingOs(StallingOs):
+    """`os` on a disk that cannot sync, and says so when it is let go on."""
+
+    syncs = 0
+
+    def fdatasync(self, descriptor: int) -> None:
+        self.syncs += 1
+        self.go_on.wait()
+        raise OSError(errno.EIO, "the disk lost it")

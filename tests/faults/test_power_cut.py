@@ -103,7 +103,7 @@ def test_work_goes_on_after_a_power_cut(
     """After `repair`, the same rows are there, each key's final row is read, and a row appended next is whole."""
     effects, _, path = appended
     file = found / path.name
-    for cut in list(cuts(effects, count))[::5]:
+    for cut in cuts(effects, count // 5):
         cut.put_into(found, path.parent)
         before = accepted(file)
         rows.repair(file)
@@ -121,15 +121,16 @@ def test_without_checksums_the_same_power_cuts_give_wrong_rows(
 ) -> None:
     """The power cuts above are cruel enough: a reader that takes any line that is JSON reads rows nobody wrote."""
     effects, made, path = appended
+    checksum_bytes = len(b',"crc":"00000000"}')
+    bodies = {rows.encode(row)[: -checksum_bytes - 1] for row in made}
     wrong = 0
     for cut in cuts(effects, 300):
         cut.put_into(found, path.parent)
         for _, line in rows.whole_lines(found / path.name):
             try:
-                row = json.loads(line)
-            except ValueError:
+                wrong += "key" in json.loads(line) and line[:-checksum_bytes] not in bodies
+            except (ValueError, TypeError):  # no JSON, or a bare number
                 continue
-            wrong += not isinstance(row, dict) or {**row, "crc": 0} != {**made[row["number"]], "crc": 0}
     assert wrong > 0
 
 

@@ -13,6 +13,7 @@ from tiny_models import loaded, model, tokenizer, wrapped
 
 from worker.failures import ConfigFailure
 from worker.generators import Completion, Prompt, Sampling, hf
+from worker.generators.noise import draw, row_key
 from worker.generators.slots import GROWTH_COLUMNS, Slots
 from worker.models import LoadedModel
 
@@ -83,6 +84,20 @@ def test_long_completions_outgrow_the_cache_unharmed() -> None:
     for prompt in asked:
         wanted = reference(model.model, prompt, limit)
         assert got[prompt.key].text == model.tokenizer.decode(wanted, skip_special_tokens=True)
+
+
+def test_sampled_text_is_drawn_with_the_noise_of_each_step() -> None:
+    """Tokens of a batch are those drawn one by one from a model without cache, each with its seed's key of the step."""
+    model, asked = loaded("llama"), prompts(6)
+    got = run(model, asked, SAMPLED, batch_size=6)
+    for prompt in asked:
+        ids, made = list(prompt.token_ids), []
+        while len(made) < SAMPLED.max_new_tokens and made[-1:] != [2]:
+            with torch.inference_mode():
+                logits = model.model(torch.tensor([ids + made])).logits[:, -1]
+            key = torch.tensor([row_key(prompt.seed, len(made))])
+            made += draw(logits, SAMPLED.temperature, SAMPLED.top_p, key).tolist()
+        assert got[prompt.key].text == model.tokenizer.decode(made, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
@@ -201,6 +216,15 @@ def test_a_completion_is_cut_before_the_first_stop_string() -> None:
             assert got.tokens_out < whole[prompt.key].tokens_out or text.endswith(stop)
 
 
+def test_of_two_stop_strings_the_first_in_the_text_counts() -> None:
+    """When one token completes two of them, the text ends before the one that begins earlier."""
+    words = tokenizer()
+    ending = hf.Ending(words, frozenset(), Sampling(0, 1, 100, stop=("c", "bc")))
+    row = hf.Row(Prompt("k", (1,), 0))
+    results = [ending.completion(row, token) for token in words("abc")["input_ids"]]
+    assert results == [None, None, Completion("a", "stop", 1, 3)]
+
+
 def test_a_stop_string_in_many_bytes_is_found() -> None:
     """A stop string of characters that take several tokens each ends the row at its last byte."""
     text_of = tokenizer()
@@ -234,10 +258,10 @@ def test_a_row_waiting_to_be_cut_out_stays_where_it_is() -> None:
     made = loaded("gpt2")
     slots = Slots(made.model, made.device)
     with torch.inference_mode():
-        block, _ = slots.prefill([(9,) * 256, (9, 9)])
+        block, _ = slots.prefill([(9,) * 255, (9, 9)])
         for _ in range(3):
-            slots.decode(block, torch.tensor([9, 9]), alive=torch.tensor([0, 1])) if block.width > 256 else None
-    assert block.lengths.tolist() == [256, 5]
+            slots.decode(block, torch.tensor([9, 9]), alive=torch.tensor([0, 1]))
+    assert block.lengths.tolist() == [255, 5]
 
 
 @contextmanager

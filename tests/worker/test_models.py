@@ -300,7 +300,7 @@ def test_what_the_hub_says_is_told_in_words(tmp_path: Path) -> None:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert "gated" in gated[0]
+    assert "it is gated" in gated[0]
     assert "HF_TOKEN" in gated[1]
     assert "no model of that name" in unknown[0]
     assert "no revision v9" in revision[0]

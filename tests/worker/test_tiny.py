@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jobs import locks
+from jobs import durable, locks
 from worker import problems, tiny
 from worker.failures import WorkerFailure
 from worker.generators import Prompt, Sampling
@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_trained_model_is_not_trained_again(folder: Path) -> None:
-    """Asking again says nothing, writes nothing, and works where nothing can be written."""
+    """Asking again says nothing and writes nothing, not even a lock file."""
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     said: list[str] = []
     assert tiny.ensure(folder.parent, said.append, QUICK) == folder
@@ -136,6 +136,31 @@ def test_a_killed_training_leaves_nothing_that_looks_whole(tmp_path: Path, kept:
     trained = tiny.ensure(tmp_path / "models", print, QUICK)
     assert [path for path in (tmp_path / "models").iterdir() if path.is_dir()] == [trained]
     assert contents(trained) == contents(kept)
+
+
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are synced while the final folder does not exist, and its parent is synced once it does."""
+    synced: set[int] = set()
+    parents: list[bool] = []
+    folder = tmp_path / tiny.name(QUICK)
+    sync, sync_folder = durable.sync, durable.sync_folder
+
+    def spy(descriptor: int) -> None:
+        assert not folder.exists()
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def spy_folder(path: Path) -> None:
+        sync_folder(path)
+        parents.extend([folder.exists()] if path == tmp_path else [])
+
+    monkeypatch.setattr(durable, "sync", spy)
+    monkeypatch.setattr(durable, "sync_folder", spy_folder)
+    tiny.ensure(tmp_path, print, QUICK)
+    assert {path.stat().st_ino for path in folder.iterdir()} <= synced
+    assert parents[-1]
 
 
 def test_an_interrupted_training_cleans_up(tmp_path: Path) -> None:
@@ -290,7 +315,7 @@ def test_only_answer_tokens_count(kept: Path, tokenizer: Any) -> None:
 
 
 def test_training_leaves_torch_as_it_was() -> None:
-    """Threads and the caller's random numbers are untouched, and an interruption changes nothing of that."""
+    """The number of threads and the caller's random numbers are untouched."""
     torch.manual_seed(3)
     expected = torch.rand(4)
     threads = torch.get_num_threads()
@@ -316,12 +341,13 @@ def test_training_says_how_far_it_is() -> None:
 
 
 def test_the_learning_rate_rises_and_then_falls_to_zero() -> None:
-    """Up over the warm-up, at most 1, and next to nothing at the last step."""
+    """Near nothing at the first step, up over the warm-up, at most 1, and near nothing at the last step."""
     rates = [tiny._rate(step, tiny.RECIPE) for step in range(tiny.RECIPE.steps)]
     top = rates.index(max(rates))
     assert rates[:top] == sorted(rates[:top])
     assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert 0 < rates[-1] < 0.01 < 0.9 < rates[top] <= 1
+    assert top == tiny.RECIPE.warmup_steps - 1
+    assert 0 < rates[-1] < rates[0] < 0.1 < 0.9 < rates[top] <= 1
 
 
 def test_the_model_answers_most_held_out_problems_and_is_weak_at_comparisons(models: Path) -> None:

@@ -70,7 +70,7 @@ class HfGenerator:
             waiting = flight.drop()
             _free_memory()
             if self.batch_size > 1:
-                self._note(f"Out of memory with {self.batch_size} rows in flight; going on with half as many.")
+                self._note(f"Out of memory with a batch of {self.batch_size}; going on with half of it.")
                 self.batch_size //= 2
                 queue.put_back(waiting)
             else:  # one prompt too large for the memory must not slow down the rest

@@ -1,0 +1,256 @@
+"""A whole `gpu run eval-gsm8k` from outside: the price of saving, how soon rows can be seen, and what watching costs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from figures import Figure, show
+
+from jobs import durable, rows, rundir
+from worker import processes, tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+READER_S = 0.005
+"""How often the reader looks."""
+LOOKS = 10
+"""Every so many looks of the reader, the processes are looked at too."""
+DEADLINE_S = 600.0
+
+STOPWATCH = '''
+
+import time as _time
+
+
+class _Marked(HfGenerator):
+    def generate(self, prompts, sampling):
+        _Timed.began_s = _time.perf_counter()
+        return super().generate(prompts, sampling)
+
+
+class _Timed(rows.Appender):
+    """Appends as ever, and adds up how long the story waits for it."""
+
+    began_s = spent_s = longest_s = 0.0
+
+    def __init__(self, path):
+        self._path = path
+        super().__init__(path)
+
+    def append(self, row):
+        self._time(super().append, row)
+
+    def sync(self):
+        self._time(super().sync)
+        words = {"generation_s": _time.perf_counter() - self.began_s, "spent_s": self.spent_s}
+        durable.save_json(self._path.with_name("stopwatch.json"), {**words, "longest_s": self.longest_s})
+
+    def _time(self, call, *words):
+        began_s = _time.perf_counter()
+        call(*words)
+        took_s = _time.perf_counter() - began_s
+        self.spent_s += took_s
+        self.longest_s = max(self.longest_s, took_s)
+
+
+HfGenerator, rows.Appender = _Marked, _Timed
+'''
+"""Goes to the end of the worker's story: the run is the real one in everything but being timed."""
+
+
+def gpu_with_stopwatch() -> None:
+    """Be the command `gpu`, whose snapshot of the worker's code has the stopwatch in it."""
+    from orchestrator import agents, cli
+
+    plain = agents.sources
+
+    def sources() -> dict[str, bytes]:
+        files = plain()
+        return files | {"worker/evaluate.py": files["worker/evaluate.py"] + STOPWATCH.encode()}
+
+    agents.sources = sources
+    cli.main()
+
+
+@dataclass
+class Reader:
+    """Reads a growing file of rows as another program would: the time at which each whole line was first seen."""
+
+    path: Path
+    seen: list[tuple[float, bytes]] = field(default_factory=list)
+    _offset: int = 0
+
+    def look(self) -> None:
+        """Read what is new."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_size > self._offset:
+                for offset, line in rows.whole_lines(self.path, self._offset):
+                    self.seen.append((time.time(), line))
+                    self._offset = offset + len(line) + 1
+
+    def lags_s(self) -> list[float]:
+        """For each row, the time from its making, which its `at` gives to the millisecond, until it was seen."""
+        return [seen - datetime.fromisoformat(rows.decode(line)["at"]).timestamp() for seen, line in self.seen]
+
+
+@dataclass
+class Watched:
+    """A process: its CPU time at each look, and its peak memory. Sees nothing where there is no /proc."""
+
+    pid: int
+    looks: list[tuple[float, float]] = field(default_factory=list)
+    """Time and CPU time of each look, in seconds."""
+    peak_mb: float = 0.0
+
+    def look(self) -> None:
+        """Take a look, unless the process is gone."""
+        with contextlib.suppress(OSError):
+            used = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks = int(used[11]) + int(used[12])  # fields 14 and 15 of proc(5), utime and stime
+            self.looks.append((time.time(), ticks / os.sysconf("SC_CLK_TCK")))
+            self.peak_mb = max(self.peak_mb, peak_mb(self.pid))
+
+    def used_s(self, began: float, ended: float) -> float:
+        """CPU time in a span of time."""
+        inside = [spent_s for at, spent_s in self.looks if began <= at <= ended]
+        return inside[-1] - inside[0] if inside else 0.0
+
+
+def peak_mb(pid: int) -> float:
+    """The largest resident size of a process so far, in millions of bytes; 0 once it is a zombie."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines.get("VmHWM", "0 kB").split()[0]) * 1024 / 1e6
+
+
+@dataclass
+class Observed:
+    """What was seen of a run from outside."""
+
+    run: rundir.Run
+    machine: Reader
+    home: Reader
+    processes: dict[str, Watched]
+    took_s: float = 0.0
+
+
+def main() -> Iterator[Figure | str]:
+    """Every figure of this part, from one run."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        state = Path(scratch) / "state"
+        os.environ.update(GPU_HOME=str(state), TERM="xterm", COLUMNS="100")
+        trained = tiny.ensure(ROOT / "build" / "models", print)
+        shutil.copytree(trained, state / "machines" / "local" / "models" / trained.name)
+        yield from told(observe(state / "machines" / "local" / "runs"))
+
+
+def observe(machine_runs: Path) -> Observed:
+    """Run the command under a terminal of its own, and watch it until it ends; nothing of it stays behind."""
+    began = time.monotonic()
+    terminal, theirs = os.openpty()
+    words = [sys.executable, str(Path(__file__).resolve()), "gpu", "run", "eval-gsm8k"]
+    gpu = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    try:
+        assert gpu.stdout is not None
+        run_id = (gpu.stdout.readline().split() or [b"none"])[0].decode()
+        run, home = rundir.Run(machine_runs / run_id), rundir.Home(Path("results", run_id))
+        seen = Observed(run, Reader(run.attempt(1).rows), Reader(home.rows), {})
+        said = watch(gpu, terminal, seen)
+        if gpu.wait() != 0:
+            raise SystemExit(f"gpu run ended with {gpu.returncode}: {said}")
+        seen.took_s = time.monotonic() - began
+        return seen
+    finally:
+        gpu.kill()
+        os.close(terminal)
+        stop = [sys.executable, "-m", "orchestrator.cli", "stop", "--all", "--grace", "0"]
+        subprocess.run(stop, capture_output=True, check=False)
+
+
+def watch(gpu: subprocess.Popen[bytes], terminal: int, seen: Observed) -> str:
+    """Look at rows and processes until the command has ended; the last thing it said."""
+    said, count, deadline = b"", 0, time.monotonic() + DEADLINE_S
+    while gpu.poll() is None and time.monotonic() < deadline:
+        seen.machine.look()
+        seen.home.look()
+        if not seen.processes and seen.machine.seen:
+            pids = durable.load_json(seen.run.attempt(1).pids)
+            seen.processes = {name: Watched(known["pid"]) for name, known in pids.items()}
+            children = processes.descendants(gpu.pid)
+            seen.processes |= {"laptop": Watched(gpu.pid)} | {"sender": Watched(pid) for pid in children[:1]}
+        count += 1
+        for process in seen.processes.values() if count % LOOKS == 0 else ():
+            process.look()
+        if select.select([terminal], [], [], READER_S)[0]:
+            with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
+                said = os.read(terminal, 1 << 16) or said
+    return said.decode("utf-8", "replace")
+
+
+def told(seen: Observed) -> Iterator[Figure | str]:
+    """The figures of a run that was observed."""
+    count = len(seen.home.seen)
+    began, ended = seen.home.seen[0][0], seen.home.seen[-1][0]
+    yield f"gpu run eval-gsm8k: {count} rows, {seen.took_s:.1f} s in all, {ended - began:.1f} s of it while rows came home"
+    yield saving(seen)
+    for where, reader, at_most in (("the machine", seen.machine, 0.5), ("home", seen.home, None)):
+        lags_s = reader.lags_s()
+        words = f"median {statistics.median(lags_s):.3f} s; the reader looks every {READER_S:g} s"
+        yield Figure(f"row made until seen at {where}, slowest", max(lags_s), "s", words, at_most=at_most)
+    if sys.platform != "linux":
+        yield "CPU time and memory of processes: skipped, there is no /proc here"
+        return
+    idle = f"an interpreter that does nothing: {idle_mb():.1f} MB"
+    yield Figure("supervisor, peak memory", seen.processes["supervisor"].peak_mb, "MB", idle, at_most=30)
+    for name in ("laptop", "sender", "supervisor"):
+        used_s, worker_s = (seen.processes[one].used_s(began, ended) for one in (name, "worker"))
+        words = f"{used_s:.2f} s; the worker {worker_s:.2f} s, in {ended - began:.1f} s"
+        yield Figure(f"{name}, CPU time while rows came home", 100 * used_s / (ended - began), "%", words)
+
+
+def saving(seen: Observed) -> Figure:
+    """The share of the generation that the worker waits for rows to be saved; beside it, saving them carelessly."""
+    told: dict[str, Any] = durable.load_json(seen.run.attempt(1).folder / "stopwatch.json")
+    made = [rows.decode(line) for _, line in seen.machine.seen]
+    began_s = time.perf_counter()
+    with Path("careless.jsonl").open("w", encoding="utf-8") as file:
+        for row in made:
+            file.write(json.dumps(row) + "\n")
+    careless = (time.perf_counter() - began_s) / told["generation_s"]
+    words = (
+        f"json.dumps into a buffered file: {100 * careless:.2f} %; "
+        f"{1e6 * told['spent_s'] / len(made):.0f} us a row, the longest {1e3 * told['longest_s']:.1f} ms"
+    )
+    share = told["spent_s"] / told["generation_s"]
+    return Figure("saving, of the generation's time", 100 * share, "%", words, at_most=2)
+
+
+def idle_mb() -> float:
+    """The peak memory of Python itself, started as the supervisor is."""
+    words = [sys.executable, "-I", "-c", "print(flush=True); input()"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as idle:
+        assert idle.stdout is not None
+        idle.stdout.readline()
+        found = peak_mb(idle.pid)
+        idle.kill()
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["gpu"]:
+        del sys.argv[0]
+        gpu_with_stopwatch()
+    sys.exit(show(main()))
