@@ -104,7 +104,7 @@ def make_file(path: Path) -> int:
 
 
 def have_folder(folder: Path) -> None:
-    """Make a folder and what is missing above it, each durably, for this user only; may be called any number of times."""
+    """Make a folder and what is missing above it, each durably, for this user only; may be called again."""
     if not folder.is_dir():
         have_folder(folder.parent)
         with contextlib.suppress(FileExistsError):

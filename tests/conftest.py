@@ -36,8 +36,8 @@ def work(run, attempt, job):
     if params.get("ignore_term"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if params.get("escape"):
-        code = "import os, signal\\nif os.fork(): os._exit(0)\\nos.setsid()\\nif os.fork(): os._exit(0)\\nsignal.pause()"
-        subprocess.Popen([sys.executable, "-c", code]).wait()
+        code = ["import os, signal", "if os.fork(): os._exit(0)", "os.setsid()", "if os.fork(): os._exit(0)"]
+        subprocess.Popen([sys.executable, "-c", "\\n".join([*code, "signal.pause()"])]).wait()
     todo = [index for index in range(params["count"]) if not done.keys.get(f"t/s/{index}#0")]
     progress.phase("counting", rows_total=params["count"], rows_before=params["count"] - len(todo))
     with rows.Appender(attempt.rows) as out:
