@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 from jobs import durable, locks, rundir
-from worker import models, problems
+from worker import problems
 from worker.failures import DiskFull, WorkerFailure
 from worker.problems import Problem
 
@@ -126,11 +126,6 @@ def damage(folder: Path) -> str | None:
         if found != entry:
             return f"{file} is not what was written"
     return None
-
-
-def weights_digest(folder: Path) -> str:
-    """The identity of a model folder: a SHA-256 over its manifest's entries, as `worker.models` takes it."""
-    return models.digest(str(folder), None)
 
 
 def save_tokenizer(folder: Path, recipe: Recipe = RECIPE) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,29 @@ from hypothesis import strategies as st
 
 from jobs import durable, locks, rundir
 
-HOSTILE = ["..", ".", "", "-", "\\", "\n", "\x00", "/", " ", ":", "~", "$", "*", "ä", "\u2024", "\u2025", "\uff0f", "\u2215"]
+HOSTILE = [
+    "..",
+    ".",
+    "",
+    "-",
+    "\\",
+    "\n",
+    "\x00",
+    "/",
+    " ",
+    ":",
+    "~",
+    "$",
+    "*",
+    "ä",
+    "\u2024",
+    "\u2025",
+    "\uff0f",
+    "\u2215",
+]
 """Parents, separators, shells' favourites, and characters that look like dots and slashes."""
 SAFE = string.ascii_letters + string.digits + "._-"
+PIECES = [*HOSTILE, "attempts", "0001", "rows.jsonl", "exit.json", "resolved.json", "model", "checkpoint-7", "a", ".a"]
 attempts = st.builds(
     lambda number, name: f"attempts/{number:04d}/{name}",
     st.integers(0, 9999),
@@ -49,7 +70,7 @@ def test_what_a_run_is_made_of_may_come_home(name: str) -> None:
         "", ".", "..", "/", "/etc/passwd", "//resolved.json", "~/.ssh/authorized_keys", "-rf", ".lock", ".bashrc",
         "job.json", "run.json", "rows.jsonl", "report.html", "current.json", "run.lock", "reserve", "home.jsonl",
         "attempts", "attempts/0001", "attempts/0001/", "attempts/1/rows.jsonl", "attempts/00001/rows.jsonl",
-        "attempts/0001/pids.json", "attempts/0001/stop.json", "attempts/0001/rows.jsonl.torn", "attempts/0001/rows.JSONL",
+        "attempts/0001/pids.json", "attempts/0001/stop.json", "attempts/0001/rows.jsonl.torn", "attempts/0001/LOG.txt",
         "attempts/0001/../0002/rows.jsonl", "attempts/./0001/rows.jsonl", "attempts//0001/rows.jsonl",
         "attempts/٠٠٠١/rows.jsonl", "attempts\\0001\\rows.jsonl", "./attempts/0001/rows.jsonl",
         "attempts/0001/rows.jsonl\n", "resolved.json\n", "\nresolved.json", "resolved.json/", "/resolved.json",
@@ -77,7 +98,7 @@ def test_a_legal_name_with_something_hostile_in_it_is_refused(name: str, hostile
     assert rundir.may_come_home(changed) is is_legal(changed)
 
 
-@given(st.text(st.sampled_from([*SAFE, "/", *HOSTILE]), max_size=40))
+@given(st.one_of(st.lists(st.sampled_from(PIECES), max_size=5).map(glue) for glue in ("/".join, "".join)))
 def test_no_other_text_is_accepted(name: str) -> None:
     """Of arbitrary texts exactly the legal ones are accepted, and none of these leads out of the run's folder."""
     assert rundir.may_come_home(name) is is_legal(name)
@@ -98,7 +119,9 @@ def is_legal(name: str) -> bool:
             and rest[1] in {*rundir.GROWING, *rundir.WHOLE}
         )
     step = first.removeprefix("checkpoint-")
-    is_folder = first in ("model", "adapter") or (first != step and 1 <= len(step) <= 9 and set(step) <= {*string.digits})
+    is_folder = first in ("model", "adapter") or (
+        first != step and 1 <= len(step) <= 9 and set(step) <= {*string.digits}
+    )
     return is_folder and len(rest) == 1 and is_safe(rest[0])
 
 
@@ -114,36 +137,168 @@ def run(tmp_path: Path) -> rundir.Run:
     return rundir.Run(folder)
 
 
-def begin(run: rundir.Run, number: int, **seal: Any) -> None:
-    """Make the files of a begun attempt; with words for its seal, of a sealed one."""
+def begin(run: rundir.Run, number: int, seal: dict[str, Any] | None) -> None:
+    """Make what a begun attempt leaves; with what its seal says, a sealed one."""
     durable.have_folder(run.attempt(number).folder)
     durable.save_json(run.current, {"attempt": number})
-    if seal:
+    if seal is not None:
         durable.save_json(run.attempt(number).exit, SEAL | {"attempt": number} | seal)
 
 
+DONE, FAILED = {"reason": "done"}, {"reason": "failed"}
+RESTARTING = {"reason": "crashed", "restarting": True}
+
+
 @pytest.mark.parametrize(
-    ("has_job", "seals", "state", "attempt"),
+    ("has_job", "seals", "state"),
     [
-        (False, [], "none", 0),
-        (True, [], "accepted", 0),
-        (True, [{}], "died", 1),
-        (True, [{"reason": "done"}], "ended", 1),
-        (True, [{"reason": "failed"}], "ended", 1),
-        (True, [{"reason": "crashed", "restarting": True}], "died", 1),
-        (True, [{"reason": "crashed", "restarting": True}, {}], "died", 2),
-        (True, [{"reason": "crashed", "restarting": True}, {"reason": "done"}], "ended", 2),
-        (True, [{"reason": "stopped"}, {}], "died", 2),
+        (False, [], "none"),
+        (True, [], "accepted"),
+        (True, [None], "died"),
+        (True, [DONE], "ended"),
+        (True, [FAILED], "ended"),
+        (True, [RESTARTING], "died"),
+        (True, [RESTARTING, None], "died"),
+        (True, [RESTARTING, DONE], "ended"),
+        (True, [FAILED, None], "died"),
+        (True, [FAILED, DONE], "ended"),
     ],
 )
-@pytest.mark.parametrize("is_locked", [False, True])
-def test_states(
-    has_job: bool, seals: list[dict[str, Any]], state: str, attempt: int, is_locked: bool, run: rundir.Run
+def test_states(has_job: bool, seals: list[dict[str, Any] | None], state: str, run: rundir.Run) -> None:
+    """Job, attempts and the last one's seal give the state; while the lock is held it is running, whatever they say."""
+    if has_job:
+        durable.save_json(run.job, {})
+    for number, seal in enumerate(seals, start=1):
+        begin(run, number, seal)
+    found = run.state()
+    assert (found.state, found.attempt) == (state, len(seals))
+    assert (found.seal and found.seal.reason) == (seals[-1]["reason"] if seals and seals[-1] else None)
+    with locks.held(run.run_lock, 0.0):
+        assert run.state() == rundir.MachineState("running", len(seals), None)
+    assert run.state() == found
+
+
+STARTING = pytest.mark.xfail(strict=True, reason="what starts between the looks at lock and number is called dead")
+
+
+def look_while(happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let something happen just after the lock is looked at for the first time."""
+    real = locks.is_held
+    once = iter([happens])
+
+    def look(path: Path) -> bool:
+        found = real(path)
+        next(once, lambda: None)()
+        return found
+
+    monkeypatch.setattr(locks, "is_held", look)
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(
+    run: rundir.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lock, job, current attempt and seal give the state; a held lock means running, whatever else there is."""
+    """The lock is looked at before the seal: what is sealed and let go in between is running or ended."""
+    durable.save_json(run.job, {})
+    begin(run, 1, None)
+    lock = locks.take(run.run_lock)
+    assert lock is not None
+
+    def end() -> None:
+        begin(run, 1, DONE)
+        os.close(lock)
+
+    look_while(end, monkeypatch)
+    assert [run.state().state, run.state().state] == ["running", "ended"]
 
 
-def test_the_lock_is_looked_at_before_the_seal(run: rundir.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that ends just while its state is asked for is running or ended, and never called dead."""
+@STARTING
+def test_a_run_that_starts_while_it_is_looked_at_is_not_called_dead(
+    run: rundir.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose supervisor begins an attempt just after the lock was seen free is accepted or running."""
+    durable.save_json(run.job, {})
+    taken: list[int | None] = []
+
+    def start() -> None:
+        taken.append(locks.take(run.run_lock))
+        begin(run, 1, None)
+
+    look_while(start, monkeypatch)
+    assert run.state().state in ("accepted", "running")
+    assert run.state().state == "running"
+    assert taken[0] is not None
+    os.close(taken[0])
 
 
+@STARTING
+def test_a_run_that_is_resumed_while_it_is_looked_at_is_not_called_dead(
+    run: rundir.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended, and whose next attempt begins just after the lock was seen free, is ended or running."""
+    durable.save_json(run.job, {})
+    begin(run, 1, FAILED)
+    taken: list[int | None] = []
+
+    def start() -> None:
+        taken.append(locks.take(run.run_lock))
+        begin(run, 2, None)
+
+    look_while(start, monkeypatch)
+    assert run.state().state in ("ended", "running")
+    assert taken[0] is not None
+    os.close(taken[0])
+
+
+def test_a_seal_comes_back(run: rundir.Run) -> None:
+    """A seal that was saved is loaded with everything it said; where none is, there is None."""
+    path = run.attempt(1).exit
+    durable.have_folder(path.parent)
+    assert rundir.Seal.load(path) is None
+    seal = rundir.Seal(**SEAL)
+    durable.save_json(path, seal.document())
+    assert rundir.Seal.load(path) == seal
+
+
+def test_attempts_are_the_numbered_folders_in_order(run: rundir.Run) -> None:
+    """Attempts are given oldest first, and nothing else that lies beside them."""
+    assert run.attempts() == []
+    for name in ("0010", "0002", "0001", "1", "00003", "0004.tmp", "x"):
+        (run.folder / "attempts" / name).mkdir(parents=True)
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 10]
+    assert run.attempt(2).folder == run.attempts()[1].folder
+    assert run.last_attempt() == 0  # none was begun: that is said by current.json alone
+
+
+def test_a_folder_of_weights_exists_once_its_manifest_does(run: rundir.Run) -> None:
+    """Only folders of weights that have a manifest are given."""
+    for name in ("model", "adapter", "checkpoint-100", "checkpoint-200", "attempts", "checkpoint-x"):
+        (run.folder / name).mkdir()
+    for name in ("adapter", "checkpoint-200", "attempts", "checkpoint-x"):
+        (run.folder / name / rundir.MANIFEST).write_text("{}")
+    assert [path.name for path in run.folders()] == ["adapter", "checkpoint-200"]
+
+
+def test_digests_of_files_and_of_their_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of a file, or of exactly its first bytes, however it is read; a file that is too short is an error."""
+    monkeypatch.setattr(rundir, "_CHUNK_BYTES", 7)
+    data = bytes(range(100))
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    assert rundir.file_sha256(path) == hashlib.sha256(data).hexdigest()
+    for size in (0, 1, 7, 8, 99, 100):
+        assert rundir.file_sha256(path, size) == hashlib.sha256(data[:size]).hexdigest()
+    with pytest.raises(ValueError, match="shorter than 101 bytes"):
+        rundir.file_sha256(path, 101)
+
+
+def test_both_sides_use_the_same_names(tmp_path: Path) -> None:
+    """A file of an attempt has the same relative name on the machine and in the copy of it at home."""
+    home = rundir.Home(tmp_path / "results" / "20261120-test")
+    machine = rundir.Run(tmp_path / "machine")
+    copy = home.machine("first")
+    assert home.run_id == "20261120-test"
+    assert copy.folder.parent == home.folder / "machines"
+    for name in ("rows", "selections", "log", "env", "failure", "status", "exit"):
+        there = getattr(machine.attempt(3), name).relative_to(machine.folder)
+        assert getattr(copy.attempt(3), name).relative_to(copy.folder) == there
+        assert rundir.may_come_home(there.as_posix())
