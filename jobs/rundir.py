@@ -144,10 +144,13 @@ class Run:
                 yield path
 
     def state(self) -> MachineState:
-        """Where the run stands here. Looks at the lock first, the seal second: the other order calls the done dead."""
-        running = locks.is_held(self.run_lock)
+        """Where the run stands here, read in the order in which it is not mistaken while a supervisor starts or ends.
+
+        The attempt first: a lock found free after that means that the supervisor of this attempt is gone. The seal
+        last: it was written before the lock was let go, so the other order calls finished runs dead.
+        """
         number = self.last_attempt()
-        if running:
+        if locks.is_held(self.run_lock):
             return MachineState("running", number, None)
         if number == 0:
             return MachineState("accepted" if self.job.exists() else "none", 0, None)

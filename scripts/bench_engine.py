@@ -97,7 +97,7 @@ def main() -> Iterator[Figure | str]:
     )
     for workload in WORKLOADS:
         if Path(workload.dataset).is_absolute() and not Path(workload.dataset).is_file():
-            yield f"{workload.name}: skipped, the problems are not beside the project ({GSM8K.relative_to(ROOT.parent)})"
+            yield f"{workload.name}: skipped, {GSM8K.relative_to(ROOT.parent)} is not beside the project"
         else:
             yield from speed(workload)
     yield texts_that_differ("float32", None)

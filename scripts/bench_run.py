@@ -1,4 +1,4 @@
-"""A whole `gpu run eval-gsm8k` from outside: the price of saving, how soon rows can be seen, and what watching costs."""
+"""Whole `gpu run eval-gsm8k`, watched: the price of saving, how soon a row can be seen, and what following costs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from worker import processes, tiny
 ROOT = Path(__file__).resolve().parent.parent
 READER_S = 0.005
 """How often the reader looks."""
+ROUNDS = 3
 LOOKS = 10
 """Every so many looks of the reader, the processes are looked at too."""
 DEADLINE_S = 600.0
@@ -125,8 +126,8 @@ class Watched:
 
     def used_s(self, began: float, ended: float) -> float:
         """CPU time in a span of time."""
-        inside = [spent_s for at, spent_s in self.looks if began <= at <= ended]
-        return inside[-1] - inside[0] if inside else 0.0
+        spent_s = [used_s for at, used_s in self.looks if began <= at <= ended]
+        return spent_s[-1] - spent_s[0] if spent_s else 0.0
 
 
 def peak_mb(pid: int) -> float:
@@ -143,22 +144,37 @@ class Observed:
     machine: Reader
     home: Reader
     processes: dict[str, Watched]
+    """`worker` and `supervisor`; `laptop`, the command; `sender`, the agent it pulls from. Empty without /proc."""
     took_s: float = 0.0
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """When the first row came home, and when the last."""
+        return self.home.seen[0][0], self.home.seen[-1][0]
+
+    @property
+    def span_s(self) -> float:
+        """The time between the first row at home and the last."""
+        return self.span[1] - self.span[0]
 
 
 def main() -> Iterator[Figure | str]:
-    """Every figure of this part, from one run."""
+    """Every figure of this part."""
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        state = Path(scratch) / "state"
-        os.environ.update(GPU_HOME=str(state), TERM="xterm", COLUMNS="100")
+        machine = Path(scratch) / "state" / "machines" / "local"
+        os.environ.update(GPU_HOME=str(Path(scratch) / "state"), TERM="xterm", COLUMNS="100")
         trained = tiny.ensure(ROOT / "build" / "models", print)
-        shutil.copytree(trained, state / "machines" / "local" / "models" / trained.name)
-        yield from told(observe(state / "machines" / "local" / "runs"))
+        shutil.copytree(trained, machine / "models" / trained.name)
+        several = [observe(machine / "runs") for _ in range(ROUNDS)]
+        yield from told(several)
 
 
-def observe(machine_runs: Path) -> Observed:
-    """Run the command under a terminal of its own, and watch it until it ends; nothing of it stays behind."""
-    began = time.monotonic()
+def observe(runs: Path) -> Observed:
+    """Run the command on a terminal of its own and watch it until it ends; nothing of it stays behind.
+
+    `runs` is the machine's folder of runs.
+    """
+    began_s = time.monotonic()
     terminal, theirs = os.openpty()
     words = [sys.executable, str(Path(__file__).resolve()), "gpu", "run", "eval-gsm8k"]
     gpu = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs)
@@ -166,15 +182,16 @@ def observe(machine_runs: Path) -> Observed:
     try:
         assert gpu.stdout is not None
         run_id = (gpu.stdout.readline().split() or [b"none"])[0].decode()
-        run, home = rundir.Run(machine_runs / run_id), rundir.Home(Path("results", run_id))
+        run, home = rundir.Run(runs / run_id), rundir.Home(Path("results", run_id))
         seen = Observed(run, Reader(run.attempt(1).rows), Reader(home.rows), {})
         said = watch(gpu, terminal, seen)
-        if gpu.wait() != 0:
+        if gpu.returncode != 0:
             raise SystemExit(f"gpu run ended with {gpu.returncode}: {said}")
-        seen.took_s = time.monotonic() - began
+        seen.took_s = time.monotonic() - began_s
         return seen
     finally:
         gpu.kill()
+        gpu.wait()
         os.close(terminal)
         stop = [sys.executable, "-m", "orchestrator.cli", "stop", "--all", "--grace", "0"]
         subprocess.run(stop, capture_output=True, check=False)
@@ -182,60 +199,73 @@ def observe(machine_runs: Path) -> Observed:
 
 def watch(gpu: subprocess.Popen[bytes], terminal: int, seen: Observed) -> str:
     """Look at rows and processes until the command has ended; the last thing it said."""
-    said, count, deadline = b"", 0, time.monotonic() + DEADLINE_S
-    while gpu.poll() is None and time.monotonic() < deadline:
+    said, count, deadline_s = b"", 0, time.monotonic() + DEADLINE_S
+    while gpu.poll() is None and time.monotonic() < deadline_s:
         seen.machine.look()
         seen.home.look()
-        if not seen.processes and seen.machine.seen:
+        if seen.machine.seen and not seen.processes and sys.platform == "linux":
             pids = durable.load_json(seen.run.attempt(1).pids)
+            pids |= {"laptop": {"pid": gpu.pid}, "sender": {"pid": processes.descendants(gpu.pid)[0]}}
             seen.processes = {name: Watched(known["pid"]) for name, known in pids.items()}
-            children = processes.descendants(gpu.pid)
-            seen.processes |= {"laptop": Watched(gpu.pid)} | {"sender": Watched(pid) for pid in children[:1]}
         count += 1
         for process in seen.processes.values() if count % LOOKS == 0 else ():
             process.look()
         if select.select([terminal], [], [], READER_S)[0]:
-            with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
+            with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
                 said = os.read(terminal, 1 << 16) or said
     return said.decode("utf-8", "replace")
 
 
-def told(seen: Observed) -> Iterator[Figure | str]:
-    """The figures of a run that was observed."""
-    count = len(seen.home.seen)
-    began, ended = seen.home.seen[0][0], seen.home.seen[-1][0]
-    yield f"gpu run eval-gsm8k: {count} rows, {seen.took_s:.1f} s in all, {ended - began:.1f} s of it while rows came home"
-    yield saving(seen)
-    for where, reader, at_most in (("the machine", seen.machine, 0.5), ("home", seen.home, None)):
-        lags_s = reader.lags_s()
+def told(several: list[Observed]) -> Iterator[Figure | str]:
+    """The figures of all the runs that were watched."""
+    rates = [len(one.home.seen) / one.span_s for one in several]
+    yield (
+        f"gpu run eval-gsm8k {len(several)} times: {len(several[0].home.seen)} rows each, "
+        f"{statistics.median(one.took_s for one in several):.1f} s from start to end, "
+        f"{statistics.median(rates):.0f} rows/s while rows came home"
+    )
+    yield saving(several)
+    for where, readers, at_most in (
+        ("the machine", [one.machine for one in several], 0.5),
+        ("home", [one.home for one in several], None),
+    ):
+        lags_s = [lag_s for reader in readers for lag_s in reader.lags_s()]
         words = f"median {statistics.median(lags_s):.3f} s; the reader looks every {READER_S:g} s"
         yield Figure(f"row made until seen at {where}, slowest", max(lags_s), "s", words, at_most=at_most)
-    if sys.platform != "linux":
+    if not all(one.processes for one in several):
         yield "CPU time and memory of processes: skipped, there is no /proc here"
         return
-    idle = f"an interpreter that does nothing: {idle_mb():.1f} MB"
-    yield Figure("supervisor, peak memory", seen.processes["supervisor"].peak_mb, "MB", idle, at_most=30)
+    peak = max(one.processes["supervisor"].peak_mb for one in several)
+    words = f"an interpreter that does nothing: {idle_mb():.1f} MB"
+    yield Figure("supervisor, peak memory", peak, "MB", words, at_most=30)
     for name in ("laptop", "sender", "supervisor"):
-        used_s, worker_s = (seen.processes[one].used_s(began, ended) for one in (name, "worker"))
-        words = f"{used_s:.2f} s; the worker {worker_s:.2f} s, in {ended - began:.1f} s"
-        yield Figure(f"{name}, CPU time while rows came home", 100 * used_s / (ended - began), "%", words)
+        yield processor_time(several, name)
 
 
-def saving(seen: Observed) -> Figure:
+def saving(several: list[Observed]) -> Figure:
     """The share of the generation that the worker waits for rows to be saved; beside it, saving them carelessly."""
-    told: dict[str, Any] = durable.load_json(seen.run.attempt(1).folder / "stopwatch.json")
-    made = [rows.decode(line) for _, line in seen.machine.seen]
+    told: list[dict[str, Any]] = [durable.load_json(one.run.attempt(1).folder / "stopwatch.json") for one in several]
+    shares = [100 * one["spent_s"] / one["generation_s"] for one in told]
+    made = [rows.decode(line) for _, line in several[0].machine.seen]
     began_s = time.perf_counter()
     with Path("careless.jsonl").open("w", encoding="utf-8") as file:
         for row in made:
             file.write(json.dumps(row) + "\n")
-    careless = (time.perf_counter() - began_s) / told["generation_s"]
+    careless_s = time.perf_counter() - began_s
+    row_us = 1e6 * statistics.median(one["spent_s"] for one in told) / len(made)
     words = (
-        f"json.dumps into a buffered file: {100 * careless:.2f} %; "
-        f"{1e6 * told['spent_s'] / len(made):.0f} us a row, the longest {1e3 * told['longest_s']:.1f} ms"
+        f"json.dumps to a buffered file {100 * careless_s / told[0]['generation_s']:.2f} %; {row_us:.0f} us a row, "
+        f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; {min(shares):.2f} to {max(shares):.2f} %"
     )
-    share = told["spent_s"] / told["generation_s"]
-    return Figure("saving, of the generation's time", 100 * share, "%", words, at_most=2)
+    return Figure("saving, of the generation's time", statistics.median(shares), "%", words, at_most=2)
+
+
+def processor_time(several: list[Observed], name: str) -> Figure:
+    """CPU time of a process while rows came home, as a share of that time; beside it, the worker's."""
+    took_s = sum(one.span_s for one in several)
+    used_s, worker_s = (sum(one.processes[each].used_s(*one.span) for one in several) for each in (name, "worker"))
+    words = f"the worker: {100 * worker_s / took_s:.0f} %; {used_s:.2f} s of {took_s:.1f} s"
+    return Figure(f"{name}, CPU time while rows come home", 100 * used_s / took_s, "%", words)
 
 
 def idle_mb() -> float:
