@@ -131,7 +131,7 @@ def scanning(folder: Path) -> Iterator[Figure | str]:
 
 
 def reader(path: Path) -> None:
-    """Look at the file without pause; say of each new whole line when it was seen, in seconds of the monotonic clock."""
+    """Look at the file without pause; say of each new whole line when it was seen, as the monotonic clock's seconds."""
     with path.open("rb", buffering=0) as file:
         rest = b""
         while True:
@@ -163,7 +163,8 @@ def seeing(folder: Path) -> Iterator[Figure | str]:
 
 def main() -> int:
     """Measure on the disk that the project lies on."""
-    with tempfile.TemporaryDirectory(prefix=".bench-rows-", dir=ROOT) as name:
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="rows-", dir=ROOT / "build") as name:
         return show(itertools.chain(*(part(Path(name)) for part in (appending, scanning, seeing))))
 
 

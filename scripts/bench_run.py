@@ -159,11 +159,11 @@ class Observed:
 
 
 def main() -> Iterator[Figure | str]:
-    """Every figure of this part."""
-    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+    """Every figure of this part; on the disk that the project lies on, as /tmp may be none."""
+    trained = tiny.ensure(ROOT / "build" / "models", print)
+    with tempfile.TemporaryDirectory(prefix="bench-run-", dir=ROOT / "build") as scratch, contextlib.chdir(scratch):
         machine = Path(scratch) / "state" / "machines" / "local"
         os.environ.update(GPU_HOME=str(Path(scratch) / "state"), TERM="xterm", COLUMNS="100")
-        trained = tiny.ensure(ROOT / "build" / "models", print)
         shutil.copytree(trained, machine / "models" / trained.name)
         several = [observe(machine / "runs") for _ in range(ROUNDS)]
         yield from told(several)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from jobs import rundir, spec
 from orchestrator import agents, config, planning, runs, transport
 from orchestrator.runs import Record, Run
 
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpu-tests-")  # before transformers is imported: no real home
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 """Real benchmark files, where a developer has them beside the project."""

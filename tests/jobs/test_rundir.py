@@ -178,9 +178,6 @@ def test_states(has_job: bool, seals: list[dict[str, Any] | None], state: str, r
     assert run.state() == found
 
 
-STARTING = pytest.mark.xfail(strict=True, reason="what starts between the looks at lock and number is called dead")
-
-
 def look_while(happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let something happen just after the lock is looked at for the first time."""
     real = locks.is_held
@@ -211,7 +208,6 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(
     assert [run.state().state, run.state().state] == ["running", "ended"]
 
 
-@STARTING
 def test_a_run_that_starts_while_it_is_looked_at_is_not_called_dead(
     run: rundir.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +226,6 @@ def test_a_run_that_starts_while_it_is_looked_at_is_not_called_dead(
     os.close(taken[0])
 
 
-@STARTING
 def test_a_run_that_is_resumed_while_it_is_looked_at_is_not_called_dead(
     run: rundir.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

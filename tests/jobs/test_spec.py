@@ -161,7 +161,10 @@ def test_an_unknown_job_is_named_with_the_nearest(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../mine", "./mine", "sub/mine", "{folder}/mine", "..", "", "mine.toml", "MINE", "mine\n", "-mine", "m\x00", "m" * 64]
+    [
+        "../mine", "./mine", "sub/mine", "{folder}/mine", "..", "", "mine.toml", "MINE", "mine\n", "-mine", "m\x00",
+        "m" * 64,
+    ],
 )  # fmt: skip
 def test_a_name_that_is_a_path_is_never_looked_up(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names with separators, dots, capitals or other than plain characters are unknown without a look at any disk."""

@@ -200,7 +200,8 @@ def test_code_of_the_model_runs_only_when_allowed(folder: Path, tmp_path: Path) 
     """A model that brings code is refused with the setting that allows it, and its code has not run."""
     ran = tmp_path / "ran"
     (folder / "mine.py").write_text(
-        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nfrom transformers import Qwen2Config as MyConfig\n"
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nfrom transformers import Qwen2Config\n"
+        "class MyConfig(Qwen2Config):\n    model_type = 'mine'\n"
     )
     change_json(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.MyConfig"})
     with pytest.raises(ConfigFailure) as caught:
