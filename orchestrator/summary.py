@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,22 +63,21 @@ def _resolved(run: Run) -> dict[str, Any]:
 
 
 def _effort(run: Run) -> tuple[int, float]:
-    """Tokens generated, and the seconds between the first and the last row of each attempt, added up over attempts."""
+    """Tokens generated, and the seconds from the model being loaded to the last row, added up over attempts."""
     tokens = sum(row["tokens_out"] or 0 for row in finals(run))
     seconds = 0.0
     for machine in sorted((run.home.folder / "machines").glob("*")):
         for attempt in rundir.Run(machine).attempts():
-            times = [row["at"] for row in _ends(attempt)]
-            if times:
-                seconds += (clock.parse(times[-1]) - clock.parse(times[0])).total_seconds()
+            last = _last_row_at(attempt)
+            began = (durable.load_json(attempt.env) or {}).get("generating_since")
+            if last and began:
+                seconds += (clock.parse(last) - clock.parse(began)).total_seconds()
     return tokens, round(seconds, 3)
 
 
-def _ends(attempt: rundir.Attempt) -> list[rows.Row]:
-    """The first and the last row of an attempt that can be read."""
-    first: list[rows.Row] = []
-    last: list[rows.Row] = []
-    for row in rows.read([attempt.rows]):
-        first = first or [row]
-        last = [row]
-    return first + last
+def _last_row_at(attempt: rundir.Attempt) -> str | None:
+    """When the last row of an attempt was made; None without rows, or when that one cannot be read."""
+    with contextlib.suppress(rows.BadRow):
+        for _, line in deque(rows.whole_lines(attempt.rows), maxlen=1):
+            return str(rows.decode(line)["at"])
+    return None

@@ -26,7 +26,7 @@ from worker import processes, tiny
 ROOT = Path(__file__).resolve().parent.parent
 READER_S = 0.005
 """How often the reader looks."""
-ROUNDS = 3
+ROUNDS = 5
 LOOKS = 10
 """Every so many looks of the reader, the processes are looked at too."""
 DEADLINE_S = 600.0

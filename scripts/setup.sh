@@ -27,7 +27,7 @@ make_environment() { # make_environment EXTRAS: what stands between the brackets
         echo "Making a virtual environment in .venv with $("$python" --version)."
         "$python" -m venv .venv
     fi
-    echo "Installing gpu and its worker into .venv: about 1.3 GB with a CPU build of PyTorch,"
+    echo "Installing gpu and its worker into .venv: about 1.5 GB with a CPU build of PyTorch,"
     echo "about 6 GB where pip brings PyTorch with CUDA (Linux, by default). This happens once."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
     # PyTorch first and by its exact version: whatever depends on it then keeps the build that is there.

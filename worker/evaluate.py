@@ -30,7 +30,7 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
                 "loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo)
             )
             generator = engine(prepared)
-            durable.save_json(attempt.env, facts.environment())
+            durable.save_json(attempt.env, {**facts.environment(), "generating_since": resolve.now()})
             progress.phase("generating")
             by_key = {item.key: item for item in todo}
             for prompt, completion in generator.generate((item.prompt for item in todo), prepared.sampling):
