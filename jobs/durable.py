@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -21,7 +22,12 @@ def sync(descriptor: int) -> None:
     A failed sync is final: the kernel may mark the lost pages clean, so that a second call succeeds and lies.
     """
     if sys.platform == "darwin":  # fsync there stops at the drive's cache
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:  # network and FAT disks have only the weaker one
+                raise
+            os.fsync(descriptor)
     elif hasattr(os, "fdatasync"):
         os.fdatasync(descriptor)
     else:
@@ -123,6 +129,15 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+
+
+def load_news(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`, empty when there is none or it is damaged: for files that were never synced."""
+    try:
+        document = load_json(path)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,13 @@ class Seal:
     def load(cls, path: Path) -> Seal | None:
         """The seal at `path`, or None when there is none yet."""
         document = durable.load_json(path)
-        return None if document is None else cls(**document)
+        return None if document is None else cls.of(document)
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Seal:
+        """The seal in a document, without what newer code has added. TypeError when something is missing."""
+        known = {entry.name for entry in fields(cls)}
+        return cls(**{name: value for name, value in document.items() if name in known})
 
 
 class Attempt:
@@ -139,7 +145,7 @@ class Run:
 
     def folders(self) -> Iterator[Path]:
         """The finished folders of weights in this run."""
-        for path in sorted(self.folder.iterdir()):
+        for path in sorted(self.folder.glob("*")):
             if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file():
                 yield path
 

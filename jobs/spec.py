@@ -187,6 +187,10 @@ def _job(document: dict[str, Any], common: dict[str, Any]) -> Job:
     for key in ("name", "summary", "story"):
         if not isinstance(document.get(key), str):
             raise SpecError(f"{key!r} is missing or not text")
+    if not _NAME.fullmatch(document["name"]):
+        raise SpecError(f"name {document['name']!r} must be small letters, digits and dashes")
+    if not isinstance(document.get("task", ""), str) or not _texts(document.get("needs", [])):
+        raise SpecError("'task' must be text, and 'needs' a list of texts")
     if document["story"] not in STORIES:
         raise SpecError(f"unknown story {document['story']!r}: {nearest(document['story'], STORIES)}")
     if not isinstance(document.get("parameters", {}), dict):
@@ -210,11 +214,19 @@ def _parameter(name: str, given: Any, common: dict[str, Any]) -> Parameter:
             raise SpecError(f"parameter {name!r}: unknown key {key!r}: {nearest(key, _PARAMETER_KEYS)}")
     if fields.get("type") not in TYPES:
         raise SpecError(f"parameter {name!r} needs a type: {', '.join(TYPES)}")
+    if not all(isinstance(fields.get(key, 0), (int, float)) for key in ("min", "max")):
+        raise SpecError(f"parameter {name!r}: 'min' and 'max' are numbers")
+    if not (_texts(fields.get("choices", [])) and _texts(fields.get("words", [])) and _texts([fields.get("help", "")])):
+        raise SpecError(f"parameter {name!r}: 'help' is text, 'choices' and 'words' are lists of texts")
     default = fields.pop("default", None)
     for key in ("choices", "words"):
         fields[key] = tuple(fields.get(key, ()))
     parameter = Parameter(**{"name": name, "help": "", **fields})
     return replace(parameter, default=parameter.check(default))
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def canonical(document: Any) -> bytes:

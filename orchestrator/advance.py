@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rundir, spec
+from jobs import rundir, spec
 from orchestrator import clock, config, follow, summary, transport
 from orchestrator.errors import ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
@@ -58,13 +58,18 @@ def start(run: Run, machine: Machine) -> None:
     if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
         run.save(attempt=answer["attempt"])
         return
+    if answer["started"] and answer["state"] != "running" and answer["attempt"] == run.record.attempt:
+        raise JobFailed(
+            f"The supervisor of {run.run_id} ended on {machine.name} before it began an attempt. "
+            f"Its last words: {answer['said']}",
+            f"Mend that, then: gpu resume {run.run_id}",
+        )
     run.save(state="running", started_at=run.record.started_at or clock.now(), finished_at=None, failure={})
 
 
 def _put(run: Run, machine: Machine) -> None:
-    """Send what is home to a machine that never worked on this run: rows, choices, what was resolved, small weights."""
-    files = [(path.name, path) for path in _elsewhere(run, machine)]
-    files += [("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections)]
+    """Send what is home to a machine that knows nothing of this run: rows, choices, what was resolved, weights."""
+    files = [*_resolved(run), ("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections)]
     data = b""
     for name, path in files:
         if path.is_file():
@@ -73,14 +78,20 @@ def _put(run: Run, machine: Machine) -> None:
             data += spec.canonical(facts) + b"\n" + content
     if data:
         words = transport.agent_words(machine, run.record.agent, "put", run.run_id)
-        transport.ask(machine, words, data)
+        answer = transport.ask(machine, words, data)
+        if "error" in answer:
+            raise NotReachable(f"{machine.name} did not take {answer.get('name')} of {run.run_id}: {answer['error']}.")
 
 
-def _elsewhere(run: Run, machine: Machine) -> Iterator[Path]:
-    """What another machine resolved for this run."""
+def _resolved(run: Run) -> Iterator[tuple[str, Path]]:
+    """What the first machine resolved for this run, and the weights it made: the next ones keep to both."""
     for folder in sorted((run.home.folder / "machines").glob("*")):
-        if folder.name != machine.name and (folder / "resolved.json").is_file():
-            yield folder / "resolved.json"
+        copy = rundir.Run(folder)
+        if copy.resolved.is_file():
+            yield copy.resolved.name, copy.resolved
+            for weights in copy.folders():
+                for path in sorted(weights.iterdir(), key=lambda path: (path.name == rundir.MANIFEST, path.name)):
+                    yield f"{weights.name}/{path.name}", path
             return
 
 
@@ -99,11 +110,13 @@ def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> No
 
 def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     """Take over how a run ended. `sealed` only when the rows here are those of the seal, byte for byte."""
-    seal = rundir.Seal(**end["seal"]) if end["seal"] else None
+    seal = _seal(end)
     if end["state"] == "running":
         return
-    if end["state"] == "accepted" or end["state"] == "none":  # never started, or its folder there is gone
-        run.save(state="planned" if run.record.attempt == 0 else "lost", attempt=end["attempt"])
+    if end["state"] in ("accepted", "none"):  # never started, or its folder there is gone
+        begun = run.record.attempt > 0 or arrivals.copy.attempts()
+        failure = _lost(run, run.record.attempt) if begun else {}
+        run.save(state="lost" if begun else "planned", failure=failure)
         return
     if end["state"] == "died" or seal is None:
         failure = _lost(run, end["attempt"])
@@ -112,8 +125,16 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     else:
         failure = {"kind": seal.kind, "message": seal.message, "hint": seal.hint}
     state = _ended_state(seal) if end["state"] == "ended" and seal else "lost"
-    run.save(attempt=end["attempt"], finished_at=clock.now(), failure={} if state == "sealed" else failure, state=state)
-    summary.write(run)
+    failure = {} if state == "sealed" else failure
+    run.save(attempt=end["attempt"], finished_at=clock.now(), failure=failure, state=state)
+    summary.write(run)  # should this not happen, whoever reads the summary sees that it is older than the record
+
+
+def _seal(end: dict[str, Any]) -> rundir.Seal | None:
+    try:
+        return rundir.Seal.of(end["seal"]) if end.get("seal") else None
+    except (TypeError, AttributeError):
+        raise NotReachable(f"The machine sent a seal that is none: {str(end['seal'])[:80]}") from None
 
 
 def _ended_state(seal: rundir.Seal) -> str:
@@ -172,8 +193,3 @@ def document(run: Run) -> dict[str, Any]:
         "reachable": True if record.machine == "local" else None,
         "last_seen": record.last_seen,
     }
-
-
-def is_home(run: Run) -> bool:
-    """Whether the run has ended with every row here."""
-    return run.record.state == "sealed" and durable.load_json(run.home.summary) is not None

@@ -42,33 +42,47 @@ def keep(store: Path) -> str:
     """Put the installed code into `store/<digest>/` unless it is there, and return the digest."""
     files = sources()
     name = digest(files)
-    if not (store / name).is_dir():
-        write(files, store / name)
+    write(files, store / name)
     return name
 
 
-def kept(store: Path, name: str) -> Path:
-    """The folder of a snapshot that a run began with; ConfigError when it is gone."""
-    folder = store / name
-    if not folder.is_dir():
+def kept(store: Path, name: str) -> dict[str, bytes]:
+    """The files of the snapshot that a run began with; ConfigError when it is gone or damaged."""
+    files = _files(store / name)
+    if digest(files) != name:
         raise ConfigError(
-            f"The worker code {name} that this run began with is not in {store} any more.",
+            f"The worker code {name} that this run began with is not in {store} any more, or damaged.",
             "Carry on with today's code instead: gpu resume RUN --new-code",
         )
-    return folder
+    return files
 
 
 def write(files: dict[str, bytes], folder: Path) -> None:
-    """Put files into a new folder, whole or not at all; another process doing the same is no harm."""
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Have exactly these files in a folder named by their digest: durable, whole or not at all.
+
+    A folder that is damaged, as a power cut may leave it, is made anew; another process doing the same is no harm.
+    """
+    if _files(folder) == files:
+        return
+    durable.have_folder(folder.parent)
     staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
         for name, data in files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            durable.have_folder((staging / name).parent)
+            durable.replace_whole(staging / name, data)
+        if folder.is_dir():
+            folder.rename(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)) / folder.name)
         with contextlib.suppress(OSError):  # the other process won: the contents are the same, by name
             staging.rename(folder)
         durable.sync_folder(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """Every file of a snapshot by its path; compiled Python is none of it."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in _SUFFIXES and path.is_file()
+    }

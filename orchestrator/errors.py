@@ -21,10 +21,12 @@ class GpuError(Exception):
 
     exit_code = BUG
 
+    usual_hint = ""
+
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(GpuError):
@@ -43,6 +45,7 @@ class NotReachable(GpuError):
     """The machine does not answer. Unreachable is not dead: nothing is restarted or given up because of this."""
 
     exit_code = 5
+    usual_hint = "The run may go on there by itself. Look where it stands: gpu runs. Carry on: gpu resume RUN"
 
 
 class WorkerLost(GpuError):

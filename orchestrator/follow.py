@@ -21,8 +21,8 @@ RECORD_S = 1.0
 """How often run.json is brought up to date while following."""
 
 
-def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: News) -> dict[str, Any] | None:
-    """One pull: bring home what is new for up to `wait_s` seconds; returns the end frame, None when it was cut."""
+def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: News) -> dict[str, Any]:
+    """One pull: bring home what is new for up to `wait_s` seconds; returns the end frame, `{cut}` when it was cut."""
     words = transport.agent_words(machine, run.record.agent, "pull", run.run_id)
     request = spec.canonical(arrivals.request(wait_s)) + b"\n"
     recorded_at = clock.monotonic()
@@ -36,7 +36,8 @@ def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: Ne
             if clock.monotonic() - recorded_at >= RECORD_S:
                 note(run, arrivals)
                 recorded_at = clock.monotonic()
-    return None
+        said = stream.last_words()
+    return {"cut": said}
 
 
 def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> dict[str, Any]:
@@ -45,32 +46,34 @@ def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> dict[s
     Raises NotReachable when pulls are cut off again and again.
     """
     cuts = 0
-    while cuts < CUTS_MAX:
+    while True:
         end = pull(run, machine, arrivals, STREAM_S, news)
-        if end is not None and end["state"] != "running":
+        if end.get("state", "running") != "running":
             return end
-        cuts = 0 if end is not None else cuts + 1
-        time.sleep(0 if end is not None else _PAUSE_S * cuts)
-    raise NotReachable(
-        f"{machine.name} ended {CUTS_MAX} pulls of {run.run_id} in the middle. The run may go on there by itself.",
-        f"Look again: gpu resume {run.run_id}",
-    )
+        cuts = cuts + 1 if "cut" in end else 0
+        if cuts == CUTS_MAX:
+            raise cut(run, machine, end)
+        time.sleep(_PAUSE_S * cuts)
+
+
+def cut(run: Run, machine: Machine, end: dict[str, Any]) -> NotReachable:
+    """The error for a pull that ended in the middle."""
+    why = f" Its last words: {end['cut']}" if end["cut"] else ""
+    return NotReachable(f"A pull of {run.run_id} from {machine.name} ended in the middle.{why}")
 
 
 def note(run: Run, arrivals: Arrivals) -> None:
     """Bring run.json up to date with what is home."""
     changes: dict[str, Any] = {"rows_home": arrivals.rows.good, "rows_damaged": arrivals.rows.corrupt}
     attempts = arrivals.copy.attempts()
-    status = durable.load_json(attempts[-1].status) if attempts else None
+    status = durable.load_news(attempts[-1].status) if attempts else {}
     if status:
+        done = status.get("rows_done")
         changes |= {
-            "phase": status["phase"],
-            "rows_done": max(status["rows_done"], arrivals.rows.good),
-            "rows_synced": status["rows_synced"],
-            "rows_per_second": status["rows_per_second"],
-            "eta_s": status["eta_s"],
-            "last_seen": status["heartbeat"],
+            "phase": str(status.get("phase", "")),
+            "rows_done": max(done if isinstance(done, int) else 0, arrivals.rows.good),
+            "rows_synced": status.get("rows_synced", 0),
+            "last_seen": status.get("heartbeat"),
+            "rows_total": status.get("rows_total") or run.record.rows_total,
         }
-        if status["rows_total"] is not None:
-            changes["rows_total"] = status["rows_total"]
     run.save(**changes)

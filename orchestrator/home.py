@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +33,15 @@ class Arrivals:
     def open(cls, home: rundir.Home, machine: str, wait_s: float = 0.0) -> Arrivals | None:
         """Take the run's lock and make its folder whole; None when another process of ours follows the run."""
         lock = locks.take(home.lock, wait_s)
-        return None if lock is None else cls(home, machine, lock)
+        if lock is None:
+            return None
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)  # for words only: who follows
+            return cls(home, machine, lock)
+        except BaseException:
+            os.close(lock)
+            raise
 
     def _reopen(self, merged: Path, name: str) -> rows.Index:
         """Cut torn tails off (this process or the disk may have died), and merge what came but was not merged yet."""
@@ -70,26 +79,17 @@ class Arrivals:
         return [path for folder in self.copy.folders() for path in sorted(folder.iterdir())]
 
     def take(self, frame: dict[str, Any], data: bytes) -> None:
-        """Put one frame on the disk. Raises NotReachable for a frame that lies, HomeDiskFull when there is no space."""
-        try:
-            if "diverged" in frame:
-                self._set_aside(self._path(frame["diverged"]))
-            elif "whole" in frame:
-                self._take_whole(self._path(frame["whole"]), frame, data)
-            elif "file" in frame:
-                self._take_growth(self._path(frame["file"]), frame, data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise HomeDiskFull(
-                f"No space is left on the disk that holds {self.home.folder}. "
-                f"{self.rows.good} rows are safe there; the job goes on by itself on its machine.",
-                f"Free some space, then: gpu resume {self.home.run_id}",
-            ) from None
+        """Put one frame on the disk. Raises NotReachable for a frame that lies, OSError when it cannot be written."""
+        if "diverged" in frame:
+            self._set_aside(self._path(frame["diverged"], grows=True))
+        elif "whole" in frame:
+            self._take_whole(self._path(frame["whole"], grows=False), frame, data)
+        elif "file" in frame:
+            self._take_growth(self._path(frame["file"], grows=True), frame, data)
 
-    def _path(self, name: str) -> Path:
-        """Where a name sent by a machine belongs; anything outside the run's own files is refused."""
-        if not isinstance(name, str) or not rundir.may_come_home(name):
+    def _path(self, name: str, *, grows: bool) -> Path:
+        """Where a name sent by a machine belongs; anything but the run's own files, each in its own way, is refused."""
+        if not rundir.may_come_home(name) or (name.rpartition("/")[2] in rundir.GROWING) is not grows:
             raise NotReachable(f"The machine sent a file with the name {name!r}, which is not one of a run's.")
         path = self.copy.folder / name
         durable.have_folder(path.parent)
@@ -100,6 +100,8 @@ class Arrivals:
 
     def _take_whole(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
         _verify(frame, data)
+        if path.name != "status.json":  # all others are written once: another content is a stranger's
+            self._set_aside(path)
         durable.replace_whole(path, data, synced=path.name != "status.json")
 
     def _take_growth(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
@@ -153,7 +155,9 @@ class Arrivals:
         return self._hashes[name]
 
     def _set_aside(self, path: Path) -> None:
-        """Keep a copy that the machine's file no longer continues, under another name; nothing is overwritten."""
+        """Keep a copy that is not what the machine has now under another name; nothing is overwritten."""
+        if not path.exists():
+            return
         number = 1
         while (aside := path.with_name(f"{path.name}.diverged-{number}")).exists():
             number += 1
@@ -166,7 +170,10 @@ class Arrivals:
         attempt = self.copy.attempt(seal.attempt)
         for name, facts in seal.files.items():
             size, digest = self._hash(attempt.folder / name)
-            if (size, digest.hexdigest()) != (facts["bytes"], facts["sha256"]):
+            if name == "log.txt" and size > facts["bytes"]:  # what was left behind may print after the seal
+                if rundir.file_sha256(attempt.folder / name, facts["bytes"]) != facts["sha256"]:
+                    return False
+            elif (size, digest.hexdigest()) != (facts["bytes"], facts["sha256"]):
                 return False
         return True
 
@@ -184,6 +191,21 @@ class Arrivals:
 def _verify(frame: dict[str, Any], data: bytes) -> None:
     if len(data) != frame.get("bytes") or hashlib.sha256(data).hexdigest() != frame.get("sha256"):
         raise NotReachable("A piece arrived damaged: its checksum is not the one that was sent with it.")
+
+
+@contextlib.contextmanager
+def full_disk_said(home: rundir.Home) -> Iterator[None]:
+    """Turn a full disk here, wherever it strikes, into words; what was counted as home is home."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise HomeDiskFull(
+            f"No space is left on the disk that holds {home.folder}. Rows counted so far are safe there; "
+            "the job goes on by itself on its machine.",
+            f"Free some space, then: gpu resume {home.run_id}",
+        ) from None
 
 
 News = Callable[[dict[str, Any], bytes], None]

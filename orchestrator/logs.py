@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 from collections.abc import Callable
 
 from jobs import rundir
 from orchestrator import advance, journey
+from orchestrator.errors import NotReachable
 from orchestrator.runs import Run
 
 _TAIL_BYTES = 1 << 20
+_DECODER = codecs.getincrementaldecoder("utf-8")  # a character may be cut between two looks
 
 
 def show(run: Run, lines: int, echo: Callable[[str], None]) -> Tail:
     """Print the last lines of the newest attempt's log; returns a tail that goes on from there."""
-    journey.refresh(run)
+    with contextlib.suppress(NotReachable):  # what is home can be shown all the same
+        journey.refresh(run)
     tail = Tail(run, echo)
     attempts = tail.attempts()
     for attempt in attempts:
@@ -31,6 +36,7 @@ class Tail:
         self.run = run
         self.echo = echo
         self.offsets: dict[int, int] = {}
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
 
     def attempts(self) -> list[rundir.Attempt]:
         """The attempts whose files are home, oldest first."""
@@ -39,7 +45,7 @@ class Tail:
     def follow(self) -> None:
         """Print what comes until the run has ended."""
         if self.run.record.state == "running":
-            journey.go(self.run, lambda frame, _: self._take(frame), self.print_new, advance.bring_home)
+            journey.go(self.run, lambda frame, _: self._take(frame), lambda _: self.print_new(), advance.bring_home)
         self.print_new()
 
     def _take(self, frame: dict[str, object]) -> None:
@@ -54,7 +60,8 @@ class Tail:
             data = _read(attempt, self.offsets.get(attempt.number, 0))
             self.offsets[attempt.number] = self.offsets.get(attempt.number, 0) + len(data)
             if data:
-                self.echo(data.decode("utf-8", "replace"))
+                decoder = self._decoders.setdefault(attempt.number, _DECODER(errors="replace"))
+                self.echo(decoder.decode(data))
 
 
 def _size(attempt: rundir.Attempt) -> int:

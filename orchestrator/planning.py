@@ -125,9 +125,11 @@ def _check_paths(params: dict[str, Any]) -> None:
 
 def _is_path(value: str) -> bool:
     """Whether a value means a file or folder here, rather than a name on the Hub."""
-    if value in _WORDS:
+    if value in _WORDS or "{{" in value or "{%" in value:  # a chat template may be given as it is
         return False
-    return value.startswith((".", "/", "~")) or value.endswith(_FILE_SUFFIXES) or Path(value).exists()
+    with contextlib.suppress(OSError, ValueError):  # longer than a name may be, or with a null character
+        return value.startswith((".", "/", "~")) or value.endswith(_FILE_SUFFIXES) or Path(value).exists()
+    return False
 
 
 def _existing(key: str, path: Path) -> Path:

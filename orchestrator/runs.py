@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -42,8 +43,6 @@ class Record:
     rows_home: int = 0
     rows_damaged: int = 0
     phase: str = ""
-    rows_per_second: float | None = None
-    eta_s: float | None = None
     last_seen: str | None = None
     failure: dict[str, str] = field(default_factory=dict)
     """kind, message and hint of how it ended, when not well."""
@@ -111,9 +110,17 @@ def _remember(home: rundir.Home) -> None:
 
 
 def _load_record(path: Path) -> Record:
-    document = durable.load_json(path)
+    """What a run.json holds; ConfigError when it is damaged, or names what may not stand in a path."""
+    document = durable.load_news(path)
     known = {entry.name for entry in fields(Record)}
-    return Record(**{name: value for name, value in document.items() if name in known})
+    try:
+        record = Record(**{name: value for name, value in document.items() if name in known})
+        safe = all(rundir.is_safe_name(name) for name in (record.run_id, record.machine, record.agent))
+    except TypeError:
+        safe = False
+    if not safe:
+        raise ConfigError(f"{path} is damaged: it is not the record of a run.", "Rows beside it are not affected.")
+    return record
 
 
 def open_folder(folder: Path) -> Run:
@@ -128,9 +135,12 @@ def remembered() -> Iterator[Run]:
     """Every run whose folder is still there, oldest first."""
     found = []
     for entry in (config.state_folder() / "runs").glob("*.json"):
-        folder = Path(durable.load_json(entry)["path"])
+        folder = Path(str(durable.load_news(entry).get("path", "")))
         if (folder / "run.json").is_file():
-            found.append(open_folder(folder))
+            try:
+                found.append(open_folder(folder))
+            except ConfigError as error:  # one damaged record must not hide all others
+                print(f"Passed over: {error.message}", file=sys.stderr)  # noqa: T201
     yield from sorted(found, key=lambda run: (run.record.created_at, run.run_id))
 
 

@@ -9,9 +9,10 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from orchestrator import agents, clock
 from orchestrator.errors import HomeDiskFull, JobFailed, NotReachable
@@ -29,6 +30,10 @@ class Stream(Protocol):
 
     def read(self, size: int, deadline: float) -> bytes:
         """Up to `size` bytes, b"" at the end; NotReachable when `deadline` (monotonic seconds) passes without any."""
+        ...
+
+    def last_words(self) -> str:
+        """The last line of what it complained about, empty when it did not."""
         ...
 
 
@@ -82,10 +87,8 @@ def frames(stream: Stream) -> Iterator[tuple[Frame, bytes]]:
         line, buffer = _until_newline(stream, buffer)
         if line is None:
             return
-        frame = json.loads(line)
-        size = int(frame.get("bytes", 0))
-        if not 0 <= size <= _FRAME_DATA_MAX_BYTES:
-            raise NotReachable(f"a frame claims {size} bytes")
+        frame = _frame(line)
+        size = frame.get("bytes", 0)
         pieces = [buffer[:size]]
         missing = size - len(pieces[0])
         buffer = buffer[size:]
@@ -96,6 +99,23 @@ def frames(stream: Stream) -> Iterator[tuple[Frame, bytes]]:
             pieces.append(chunk)
             missing -= len(chunk)
         yield frame, b"".join(pieces)
+
+
+def _frame(line: bytes) -> Frame:
+    """The header of a frame, its few fields of the right types; NotReachable for anything else."""
+    try:
+        frame = json.loads(line)
+    except ValueError:
+        frame = None
+    names = ("file", "whole", "diverged", "sha256", "state")
+    if (
+        isinstance(frame, dict)
+        and all(isinstance(frame.get(name, ""), str) for name in names)
+        and all(type(frame.get(name, 0)) is int for name in ("bytes", "offset", "attempt"))
+        and 0 <= frame.get("bytes", 0) <= _FRAME_DATA_MAX_BYTES
+    ):
+        return frame
+    raise NotReachable(f"The machine sent something that is no frame: {line[:80]!r}")
 
 
 def _until_newline(stream: Stream, buffer: bytes) -> tuple[bytes | None, bytes]:
@@ -113,8 +133,14 @@ def _until_newline(stream: Stream, buffer: bytes) -> tuple[bytes | None, bytes]:
 class _Pipe:
     """The output of a process of ours, read with deadlines."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, complaints: IO[bytes]) -> None:
         self._descriptor = descriptor
+        self._complaints = complaints
+
+    def last_words(self) -> str:
+        """See Stream."""
+        self._complaints.seek(0)
+        return _last_line(self._complaints.read())
 
     def read(self, size: int, deadline: float) -> bytes:
         """See Stream."""
@@ -140,34 +166,31 @@ class LocalMachine:
             except subprocess.TimeoutExpired:
                 raise NotReachable(f"this computer's agent did not answer within {deadline_s:g} s") from None
         if child.returncode != 0:
-            last = said.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no words"]
-            raise NotReachable(f"this computer's agent ended with exit code {child.returncode}: {last[0]}")
+            raise NotReachable(f"this computer's agent ended with exit code {child.returncode}: {_last_line(said)}")
         return out
 
     @contextlib.contextmanager
     def open(self, words: list[str], data: bytes) -> Iterator[Stream]:
         """See Machine."""
-        with _started(words, errors=subprocess.DEVNULL) as child:
+        with tempfile.TemporaryFile() as complaints, _started(words, complaints) as child:
             assert child.stdin is not None
             assert child.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(data)
                 child.stdin.flush()
-            yield _Pipe(child.stdout.fileno())
+            yield _Pipe(child.stdout.fileno(), complaints)
 
     def push_agent(self, store: Path, name: str) -> None:
         """See Machine."""
-        target = self.root / "agent" / name
-        if not target.is_dir():
-            source = agents.kept(store, name)
-            files = {
-                path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()
-            }
-            agents.write(files, target)
+        agents.write(agents.kept(store, name), self.root / "agent" / name)
+
+
+def _last_line(text: bytes) -> str:
+    return (text.decode("utf-8", "replace").strip().splitlines() or [""])[-1]
 
 
 @contextlib.contextmanager
-def _started(words: list[str], errors: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+def _started(words: list[str], errors: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
     """A child process in a group of its own, gone with its group when the block is left on whatever path."""
     child = subprocess.Popen(
         words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, process_group=0, bufsize=-1

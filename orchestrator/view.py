@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from jobs import rows
 from orchestrator import clock
+from orchestrator.plain import plain
 
 REFRESH_PER_SECOND = 2
 _LINE_EVERY_S = 10.0
@@ -22,23 +23,32 @@ class Tally:
         self.phase = ""
         self.home = home
         self.total: int | None = None
-        self.rate: float | None = None
-        self.eta_s: float | None = None
+        self.rate = 0.0
+        self.eta_s = 0.0
         self._scored = 0
         self._sum = 0.0
 
     def take(self, frame: dict[str, Any], data: bytes) -> bool:
         """Count one frame in; True when something a person would like to see has changed."""
         if frame.get("whole", "").endswith("/status.json"):
-            said = json.loads(data)
-            self.phase, self.total = said["phase"], said["rows_total"]
-            self.rate, self.eta_s = said["rows_per_second"], said["eta_s"]
+            self._take_status(data)
             return True
         if frame.get("file", "").endswith("/rows.jsonl"):
             for line in data.split(b"\n")[:-1]:
                 self._count(line)
             return True
         return False
+
+    def _take_status(self, data: bytes) -> None:
+        """Take over a status; a damaged one, which a power cut may leave, is no news."""
+        try:
+            said = json.loads(data)
+            self.phase = plain(str(said["phase"]))
+            self.total = None if said["rows_total"] is None else int(said["rows_total"])
+            self.rate = float(said["rows_per_second"] or 0)
+            self.eta_s = float(said["eta_s"] or 0)
+        except (ValueError, TypeError, KeyError):
+            return
 
     def _count(self, line: bytes) -> None:
         with contextlib.suppress(rows.BadRow):
@@ -117,7 +127,7 @@ def _live(tally: Tally) -> Iterator[View]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("rows home {task.fields[more]}", markup=False),

@@ -38,14 +38,14 @@ import time as _time
 
 class _Marked(HfGenerator):
     def generate(self, prompts, sampling):
-        _Timed.began_s = _time.perf_counter()
+        _Timed.began_s, _Timed.cpu_began_s = _time.perf_counter(), _time.thread_time()
         return super().generate(prompts, sampling)
 
 
 class _Timed(rows.Appender):
-    """Appends as ever, and adds up how long the story waits for it."""
+    """Appends as ever, and adds up how long the story waits for it, and its thread computes for it."""
 
-    began_s = spent_s = longest_s = 0.0
+    began_s = cpu_began_s = spent_s = cpu_spent_s = longest_s = 0.0
 
     def __init__(self, path):
         self._path = path
@@ -56,14 +56,21 @@ class _Timed(rows.Appender):
 
     def sync(self):
         self._time(super().sync)
-        words = {"generation_s": _time.perf_counter() - self.began_s, "spent_s": self.spent_s}
-        durable.save_json(self._path.with_name("stopwatch.json"), {**words, "longest_s": self.longest_s})
+        facts = {
+            "share": self.spent_s / (_time.perf_counter() - self.began_s),
+            "cpu_share": self.cpu_spent_s / (_time.thread_time() - self.cpu_began_s),
+            "row_s": self.spent_s / self.written,
+            "longest_s": self.longest_s,
+            "generation_s": _time.perf_counter() - self.began_s,
+        }
+        durable.save_json(self._path.with_name("stopwatch.json"), facts)
 
     def _time(self, call, *words):
-        began_s = _time.perf_counter()
+        cpu_began_s, began_s = _time.thread_time(), _time.perf_counter()
         call(*words)
         took_s = _time.perf_counter() - began_s
         self.spent_s += took_s
+        self.cpu_spent_s += _time.thread_time() - cpu_began_s
         self.longest_s = max(self.longest_s, took_s)
 
 
@@ -245,19 +252,19 @@ def told(several: list[Observed]) -> Iterator[Figure | str]:
 def saving(several: list[Observed]) -> Figure:
     """The share of the generation that the worker waits for rows to be saved; beside it, saving them carelessly."""
     told: list[dict[str, Any]] = [durable.load_json(one.run.attempt(1).folder / "stopwatch.json") for one in several]
-    shares = [100 * one["spent_s"] / one["generation_s"] for one in told]
+    middle = {name: statistics.median(one[name] for one in told) for name in told[0]}
     made = [rows.decode(line) for _, line in several[0].machine.seen]
     began_s = time.perf_counter()
     with Path("careless.jsonl").open("w", encoding="utf-8") as file:
         for row in made:
             file.write(json.dumps(row) + "\n")
-    careless_s = time.perf_counter() - began_s
-    row_us = 1e6 * statistics.median(one["spent_s"] for one in told) / len(made)
+    careless = (time.perf_counter() - began_s) / middle["generation_s"]
     words = (
-        f"json.dumps to a buffered file {100 * careless_s / told[0]['generation_s']:.2f} %; {row_us:.0f} us a row, "
-        f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; {min(shares):.2f} to {max(shares):.2f} %"
+        f"json.dumps to a buffered file: {100 * careless:.2f} %; {1e6 * middle['row_s']:.0f} us a row, "
+        f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; of the thread's CPU time: "
+        f"{100 * middle['cpu_share']:.2f} %"
     )
-    return Figure("saving, of the generation's time", statistics.median(shares), "%", words, at_most=2)
+    return Figure("saving, of the generation's time", 100 * middle["share"], "%", words, at_most=2)
 
 
 def processor_time(several: list[Observed], name: str) -> Figure:

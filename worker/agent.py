@@ -67,7 +67,7 @@ def start(run: rundir.Run, request: dict[str, Any]) -> Frame:
         if state.state == "running" or state.attempt != request["order"]["expect_attempt"]:
             return {"started": False, **state_frame(run)}
         _launch(run, request["order"])
-        return {"started": True, **state_frame(run)}
+        return {"started": True, "said": supervisor.last_words(run.supervisor_log), **state_frame(run)}
 
 
 def _keep_reserve(run: rundir.Run) -> None:
@@ -110,20 +110,31 @@ def state_frame(run: rundir.Run) -> Frame:
 
 def stop(run: rundir.Run, grace_s: float) -> Frame:
     """Stop the run: ask its supervisor by file, wait, and kill what is left when it does not answer. Repeatable."""
-    state = run.state()
-    if state.state != "running":
+    if not run.folder.is_dir():
         return state_frame(run)
-    attempt = run.attempt(state.attempt)
-    if not attempt.stop.exists():
+    with locks.held(run.start_lock, _START_WAIT_S + _STOP_MARGIN_S):  # a start under way is waited for, then stopped
+        state = run.state()
+        if state.state != "running":
+            return state_frame(run)
+        attempt = run.attempt(state.attempt)
         durable.save_json(attempt.stop, {"grace_s": grace_s, "asked_at": supervisor.now()})
     deadline = time.monotonic() + grace_s + _STOP_MARGIN_S
     while locks.is_held(run.run_lock) and time.monotonic() < deadline:
         time.sleep(_POLL_S / 4)
     if locks.is_held(run.run_lock):
-        pids = durable.load_json(attempt.pids) or {}
-        processes.kill([known["pid"] for known in pids.values() if processes.is_same(known)])
-        processes.kill(processes.marked(run.folder.name))
+        _kill_all(run)
     return state_frame(run)
+
+
+def _kill_all(run: rundir.Run) -> None:
+    """Kill the supervisor first, so that it restarts nothing, then all that bears the run's mark."""
+    for attempt in run.attempts()[-2:]:
+        pids = durable.load_news(attempt.pids)
+        processes.kill([known["pid"] for known in pids.values() if processes.is_same(known)])
+    deadline = time.monotonic() + _STOP_MARGIN_S
+    while locks.is_held(run.run_lock) and time.monotonic() < deadline:
+        processes.kill(processes.marked(run.folder.name))
+        time.sleep(_POLL_S / 4)
 
 
 class Puller:
@@ -175,12 +186,14 @@ class Puller:
             facts = path.stat()
             if self.seen.get(name) == (facts.st_ino, facts.st_size, facts.st_mtime_ns):
                 return False
+            if facts.st_size > limit:
+                return False
             self.seen[name] = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
             data = path.read_bytes()
         except FileNotFoundError:
             return False
         digest = hashlib.sha256(data).hexdigest()
-        if self.have_whole.get(name) == digest or len(data) > limit:
+        if self.have_whole.get(name) == digest:
             return False
         self.have_whole[name] = digest
         self._send({"whole": name, "bytes": len(data), "sha256": digest}, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks, rundir
+from jobs import durable, locks, rows, rundir
 from worker import processes
 
 ATTEMPTS_MAX = 50
@@ -60,16 +61,18 @@ class Progress:
     path: Path
     offset: int = 0
     rows: int = 0
+    good: int = 0
+    """Those without an error: what counts as getting on."""
     points: deque[tuple[float, int]] = field(default_factory=deque)
     """(seconds, rows) of the last `_PACE_S`, oldest first."""
 
     def update(self) -> None:
         """Count the whole lines that are new since the last call."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self.offset)
-            while chunk := file.read(1 << 20):
-                self.offset += len(chunk)
-                self.rows += chunk.count(b"\n")
+        for offset, line in rows.whole_lines(self.path, self.offset):
+            self.offset = offset + len(line) + 1
+            self.rows += 1
+            with contextlib.suppress(rows.BadRow):
+                self.good += rows.head(line)[1]
         now_s = time.monotonic()
         while len(self.points) > 1 and (now_s - self.points[1][0] > _PACE_S or self.points[1][1] == 0):
             self.points.popleft()
@@ -77,10 +80,10 @@ class Progress:
 
     def rows_per_second(self) -> float | None:
         """Rows per second over the last minute, from the last look that saw none; None before there is a pace."""
-        (began_s, before), (now_s, rows) = self.points[0], self.points[-1]
-        if rows == before:
+        (began_s, before), (now_s, after) = self.points[0], self.points[-1]
+        if after == before:
             return None
-        return round((rows - before) / (now_s - began_s), 3)
+        return round((after - before) / (now_s - began_s), 3)
 
 
 class Supervisor:
@@ -97,6 +100,7 @@ class Supervisor:
         os.set_blocking(self._waker, False)
         self._stopping = False
         self._first_attempt = run.last_attempt() + 1
+        self._old_stop = _signature(run.attempt(run.last_attempt()).stop)
 
     def supervise(self) -> None:
         """Run attempts until one ends the run; every attempt is sealed."""
@@ -118,19 +122,22 @@ class Supervisor:
         """One attempt from its folder to its seal."""
         number = self.run.last_attempt() + 1
         attempt = self.run.attempt(number)
-        durable.have_folder(attempt.folder.parent)
-        durable.make_folder(attempt.folder)
-        durable.save_json(self.run.current, {"attempt": number})  # durable before the fork: an attempt starts once
-        worker = self._spawn(attempt)
+        try:
+            durable.have_folder(attempt.folder)  # it may be there: nobody was forked in it, since current.json says so
+            durable.save_json(self.run.current, {"attempt": number})  # durable before the fork: an attempt starts once
+            worker = self._spawn(attempt)
+        except OSError as error:
+            return self._seal_unstarted(attempt, error)
         durable.save_json(
             attempt.pids, {"supervisor": processes.identity(os.getpid()), "worker": processes.identity(worker.pid)}
         )
         announce_ready()
         progress = Progress(attempt.rows)
         self._watch(worker, attempt, progress)
+        _kill_group(worker)
         left = processes.sweep()
         progress.update()
-        return self._seal(attempt, worker.returncode, progress.rows, left)
+        return self._seal(attempt, worker.returncode, progress.good, left)
 
     def _spawn(self, attempt: rundir.Attempt) -> subprocess.Popen[bytes]:
         me = os.getpid()
@@ -151,17 +158,16 @@ class Supervisor:
 
     def _watch(self, worker: subprocess.Popen[bytes], attempt: rundir.Attempt, progress: Progress) -> None:
         """Write status until the worker has ended; pass a stop on to it, and kill it when its grace is over."""
-        kill_at: float | None = None
+        stopped_at: float | None = None
         beat_at = 0.0
         while worker.poll() is None:
             self._stopping = self._stopping or self._stop_asked(attempt)
-            if self._stopping and kill_at is None:
-                kill_at = time.monotonic() + _grace_s(attempt)
+            if self._stopping and stopped_at is None:
+                stopped_at = time.monotonic()
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker.pid, signal.SIGTERM)
-            if kill_at is not None and time.monotonic() >= kill_at:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker.pid, signal.SIGKILL)
+            if stopped_at is not None and time.monotonic() >= stopped_at + _grace_s(attempt):
+                _kill_group(worker)
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + _HEARTBEAT_S
                 progress.update()
@@ -171,9 +177,10 @@ class Supervisor:
                 os.read(self._wake, 512)
 
     def _stop_asked(self, attempt: rundir.Attempt) -> bool:
-        """Whether a stop was asked for: of this attempt, or of the one before it just as that one ended."""
-        earlier = max(attempt.number - 1, self._first_attempt)
-        return attempt.stop.exists() or self.run.attempt(earlier).stop.exists()
+        """Whether a stop was asked for: of this attempt, or of the one before it, which the asker thought the last."""
+        before = _signature(self.run.attempt(attempt.number - 1).stop)
+        known = self._old_stop if attempt.number == self._first_attempt else None
+        return attempt.stop.exists() or before != known
 
     def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
         """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
@@ -195,10 +202,23 @@ class Supervisor:
         with contextlib.suppress(OSError):
             durable.save_json(attempt.status, document, synced=False)
 
-    def _seal(self, attempt: rundir.Attempt, code: int, rows: int, left: list[int]) -> rundir.Seal:
+    def _seal_unstarted(self, attempt: rundir.Attempt, error: OSError) -> rundir.Seal:
+        """Say why no worker could be started: its working folder or its Python is gone, or the disk is full."""
+        self.run.reserve.unlink(missing_ok=True)
+        durable.have_folder(attempt.folder)
+        durable.save_json(self.run.current, {"attempt": attempt.number})
+        kind = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "config"
+        outcome = _outcome(
+            "failed", kind, f"The worker could not be started: {error}.", "Mend that, then resume the run."
+        )
+        seal = rundir.Seal(attempt.number, None, None, files=dict(_digests(attempt)), ended_at=now(), **outcome)
+        durable.save_json(attempt.exit, seal.document())
+        return seal
+
+    def _seal(self, attempt: rundir.Attempt, code: int, good: int, left: list[int]) -> rundir.Seal:
         """Judge how the worker ended, and write that down durably, last of all."""
         said = durable.load_json(attempt.failure) or {}
-        outcome = self._judge(attempt, code, rows, said)
+        outcome = self._judge(attempt, code, good, said)
         if left:
             outcome["message"] += f" Processes that would not die: {left}."
         seal = rundir.Seal(
@@ -217,7 +237,7 @@ class Supervisor:
             durable.save_json(attempt.exit, seal.document())
         return seal
 
-    def _judge(self, attempt: rundir.Attempt, code: int, rows: int, said: dict[str, Any]) -> dict[str, Any]:
+    def _judge(self, attempt: rundir.Attempt, code: int, good: int, said: dict[str, Any]) -> dict[str, Any]:
         """The outcome fields of the seal: done, stopped, failed on purpose, or crashed (and whether to go on)."""
         if code == 0:
             return _outcome("done")
@@ -225,16 +245,30 @@ class Supervisor:
             return _outcome("stopped", "stopped", "It was stopped before it was done.")
         if said:
             return _outcome("failed", said["kind"], said["message"], said["hint"])
-        self.crashes_without_row = 0 if rows else self.crashes_without_row + (code > 0)
-        self.kills_without_row = 0 if rows else self.kills_without_row + (code < 0)
+        self.crashes_without_row = 0 if good else self.crashes_without_row + (code > 0)
+        self.kills_without_row = 0 if good else self.kills_without_row + (code < 0)
         give_up = (
             self.crashes_without_row >= CRASHES_WITHOUT_ROW_MAX
             or self.kills_without_row >= KILLS_WITHOUT_ROW_MAX
             or attempt.number >= ATTEMPTS_MAX
         )
-        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
-        message = f"The worker {how} in attempt {attempt.number}. Last words: {_last_words(attempt.log)}"
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.strsignal(-code) or -code}"
+        message = f"The worker {how} in attempt {attempt.number}. Last words: {last_words(attempt.log)}"
         return {**_outcome("crashed", "crash", message), "restarting": not give_up}
+
+
+def _kill_group(worker: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _signature(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced; None when there is none."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns
 
 
 def announce_ready() -> None:
@@ -250,15 +284,11 @@ def _outcome(reason: str, kind: str = "", message: str = "", hint: str = "") -> 
 
 
 def _grace_s(attempt: rundir.Attempt) -> float:
-    stop = durable.load_json(attempt.stop) or {}
-    return float(stop.get("grace_s", GRACE_S))
+    return float(durable.load_news(attempt.stop).get("grace_s", GRACE_S))
 
 
 def _load_progress(attempt: rundir.Attempt) -> dict[str, Any]:
-    try:
-        return durable.load_json(attempt.progress) or {}
-    except ValueError:  # never synced: a power cut may have left rubbish
-        return {}
+    return durable.load_news(attempt.progress)
 
 
 def _counted(attempt: rundir.Attempt) -> Progress:
@@ -281,7 +311,7 @@ def _digests(attempt: rundir.Attempt) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, {"bytes": counted, "sha256": digest.hexdigest()}
 
 
-def _last_words(log: Path) -> str:
+def last_words(log: Path) -> str:
     """The last line of a log that says something."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))

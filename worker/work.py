@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -20,6 +21,8 @@ from worker.failures import DiskFull, WorkerFailure
 _STOPPED = 128 + signal.SIGTERM
 _GAVE_UP = 10
 _PARENT_POLL_S = 1.0
+_WORDS_MAX = 4000
+"""Characters of a failure that travel home; the log has all of it."""
 
 
 def main(folder: str, number: int) -> int:
@@ -62,17 +65,21 @@ def _stop(*_: object) -> None:
 
 
 def _give_up(run: rundir.Run, attempt: rundir.Attempt, failure: WorkerFailure) -> int:
-    print(failure.message, failure.hint, sep="\n", flush=True)  # noqa: T201
     try:
         durable.save_json(attempt.failure, _words(failure))
     except OSError:
         run.reserve.unlink(missing_ok=True)
         durable.save_json(attempt.failure, _words(failure))
+    with contextlib.suppress(OSError):  # the log may lie on the disk that is full
+        print(failure.message, failure.hint, sep="\n", flush=True)  # noqa: T201
     return _GAVE_UP
 
 
 def _words(failure: WorkerFailure) -> dict[str, str]:
-    return {"kind": failure.kind, "message": failure.message, "hint": failure.hint}
+    message, hint = (
+        text if len(text) <= _WORDS_MAX else text[:_WORDS_MAX] + "…" for text in (failure.message, failure.hint)
+    )
+    return {"kind": failure.kind, "message": message, "hint": hint}
 
 
 def _disk_full(run: rundir.Run) -> DiskFull:
@@ -89,7 +96,7 @@ def _follow_parent() -> None:
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent != 1:
             time.sleep(_PARENT_POLL_S)
         os._exit(1)
 

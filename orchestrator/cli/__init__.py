@@ -92,9 +92,11 @@ def main() -> NoReturn:
 
 
 def _say(message: str, hint: str) -> None:
-    print(f"Error: {message}" if message != "Interrupted." else message, file=sys.stderr)  # noqa: T201
+    from orchestrator.plain import plain
+
+    print(plain(f"Error: {message}" if message != "Interrupted." else message), file=sys.stderr)  # noqa: T201
     if hint:
-        print(hint, file=sys.stderr)  # noqa: T201
+        print(plain(hint), file=sys.stderr)  # noqa: T201
 
 
 def _bug_hint(error: BaseException) -> str:

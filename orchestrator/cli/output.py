@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import click
-
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-Z\\-_]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Escape sequences and control characters, except newline and tab: what a log may not do to a terminal."""
 
 
 def document(value: Any) -> None:
@@ -24,11 +20,6 @@ def columns(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[index]) for line in table) for index in range(len(titles))]
     for line in table:
         click.echo("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
-
-
-def plain(text: str) -> str:
-    """Text from elsewhere made harmless for a terminal."""
-    return _CONTROL.sub("", text)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -9,6 +9,7 @@ import click
 from jobs import durable
 from orchestrator import rescoring, runs, summary
 from orchestrator.cli import output
+from orchestrator.plain import plain
 from orchestrator.runs import Run
 
 _DISAGREEMENTS_SHOWN = 10
@@ -64,8 +65,11 @@ def rescore(what: str, task: str, completion: str, target: str, as_json: bool) -
 
 
 def load_summary(run: Run) -> dict[str, Any]:
-    """The run's summary, made when it is not there yet."""
-    return durable.load_json(run.home.summary) or summary.write(run)
+    """The run's summary; made anew when it is not that of the record."""
+    found = durable.load_news(run.home.summary)
+    record = run.record
+    current = (found.get("state"), found.get("finished_at")) == (record.state, record.finished_at)
+    return found if current else summary.write(run)
 
 
 def show(run: Run) -> None:
@@ -90,7 +94,7 @@ def show(run: Run) -> None:
 
 def _warnings(found: dict[str, Any]) -> list[str]:
     """What makes the numbers above doubtful, in words."""
-    said = [output.plain(warning) for warning in found["resolved"].get("warnings", [])]
+    said = [plain(warning) for warning in found["resolved"].get("warnings", [])]
     for name, most, words in _DOUBTFUL:
         share = found["metrics"].get(name, {}).get("value") or 0.0
         if share > most:
@@ -115,7 +119,7 @@ def _show_disagreements(found: list[dict[str, Any]]) -> None:
     click.echo(f"\nThe rules disagree on {len(found)} completions:")
     for item in found[:_DISAGREEMENTS_SHOWN]:
         words = ", ".join(
-            f"{rule}: {output.plain(str(item['answers'][rule]))} ({item['scores'][rule]})" for rule in item["answers"]
+            f"{rule}: {plain(str(item['answers'][rule]))} ({item['scores'][rule]})" for rule in item["answers"]
         )
         click.echo(f"  {item['index']}  {words}")
     if len(found) > _DISAGREEMENTS_SHOWN:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -11,8 +11,10 @@ import click
 from orchestrator import advance, errors, journey, planning, runs, view
 from orchestrator.cli import output, results
 from orchestrator.cli.jobs import load
+from orchestrator.plain import plain
 from orchestrator.runs import Run
 
+_PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
 
 
@@ -87,22 +89,40 @@ def _announce(run: Run, how: dict[str, bool]) -> None:
 
 def _carry(run: Run, how: dict[str, bool]) -> None:
     """Bring the run home (or, detached, just started) and print how it stands."""
-    with _leaving(run):
-        if how["detach"]:
-            journey.set_off(run)
-        else:
-            with view.watching(run.record.rows_home, how["quiet"] or how["as_json"]) as news:
-                journey.go(run, news)
-    if how["as_json"]:
-        output.document({**advance.document(run), "folder": str(run.home.folder), "summary": results.load_summary(run)})
-    elif not how["detach"] and run.record.rows_home:
-        results.show(run)
-    elif not how["quiet"]:
-        click.echo(
-            f"It runs by itself. Follow it: gpu logs -f {run.run_id}   Bring its rows home: gpu pull {run.run_id}"
-        )
-    if not how["detach"]:
+    try:
+        with _leaving(run), view.watching(run.record.rows_home, how["quiet"] or how["as_json"]) as news:
+            if how["detach"]:
+                journey.set_off(run)
+            else:
+                journey.go(run, news, _waiting(run))
+    finally:
+        _show_outcome(run, how)
+    if run.record.state in runs.ENDED:
         advance.raise_if_not_done(run)
+
+
+def _show_outcome(run: Run, how: dict[str, bool]) -> None:
+    """Print where the run stands now; a script gets its one document whatever happened."""
+    ended = run.record.state in runs.ENDED and run.record.rows_home > 0
+    if how["as_json"]:
+        found = results.load_summary(run) if ended else None
+        output.document({**advance.document(run), "folder": str(run.home.folder), "summary": found})
+    elif ended:
+        results.show(run)
+    elif how["detach"] and not how["quiet"]:
+        click.echo(f"Follow it:             gpu logs -f {run.run_id}\nBring its rows home:   gpu pull {run.run_id}")
+
+
+def _waiting(run: Run) -> Callable[[float], None]:
+    """Says, once, that another process follows the run and seems to take its time."""
+    said: list[str] = []
+
+    def idle(seconds: float) -> None:
+        if seconds >= _PATIENCE_S and not said:
+            said.append(f"Process {journey.follower(run)} follows this run already; waiting for it.")
+            click.echo(said[0], err=True)
+
+    return idle
 
 
 @contextlib.contextmanager
@@ -124,10 +144,10 @@ def _show_check(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         output.document(found)
     else:
-        click.echo(f"The first prompt:\n{output.plain(found['first_prompt'])}\n")
+        click.echo(f"The first prompt:\n{plain(found['first_prompt'])}\n")
         click.echo(f"{found['examples']} examples, {found['rows_total']} completions to make.")
         for finding in found["findings"]:
-            click.echo(f"{finding['level']}: {output.plain(finding['message'])}\n  {finding['hint']}")
+            click.echo(f"{finding['level']}: {plain(finding['message'])}\n  {finding['hint']}")
         if not found["findings"]:
             click.echo("The prompts look right. Nothing was generated.")
     if any(finding["level"] == "error" for finding in found["findings"]):

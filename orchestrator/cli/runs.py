@@ -11,9 +11,11 @@ from orchestrator import advance, errors, journey
 from orchestrator import logs as logs_at_home
 from orchestrator import runs as records
 from orchestrator.cli import output
+from orchestrator.plain import plain
 from orchestrator.runs import Run
 
 _SHOWN = 20
+_GRACE = click.FloatRange(0.0, 86_400.0)
 
 
 @click.command()
@@ -29,12 +31,20 @@ def runs(everything: bool, as_json: bool) -> None:
     found = found if everything else found[-_SHOWN:]
     for run in found:
         if run.record.state == "running":
-            journey.refresh(run)
+            _refresh(run)
     documents = [advance.document(run) for run in found]
     if as_json:
         output.document(documents)
         return
     output.columns(["RUN", "STATE", "ROWS HOME", "TOTAL", "MACHINE", "STARTED"], [_line(entry) for entry in documents])
+
+
+def _refresh(run: Run) -> None:
+    """Look at a run anew; one that does not answer must not hide the others."""
+    try:
+        journey.refresh(run)
+    except errors.NotReachable as error:
+        click.echo(plain(error.message), err=True)
 
 
 def _line(entry: dict[str, Any]) -> list[str]:
@@ -54,7 +64,7 @@ def logs(name: str | None, follow: bool, lines: int) -> None:
     """
     run = records.find(name)
     try:
-        tail = logs_at_home.show(run, lines, lambda text: click.echo(output.plain(text), nl=False))
+        tail = logs_at_home.show(run, lines, lambda text: click.echo(plain(text), nl=False))
         if follow:
             tail.follow()
     except KeyboardInterrupt:
@@ -83,7 +93,7 @@ def pull(name: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every run that is running.")
-@click.option("--grace", "grace_s", default=10.0, show_default=True, help="Seconds the worker gets to sync its rows.")
+@click.option("--grace", "grace_s", type=_GRACE, default=10.0, show_default=True, help="Seconds to sync its rows.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> None:
     """Stop a run cleanly: its worker syncs what it has, and the rows come home.
@@ -92,9 +102,19 @@ def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> N
     Example:  gpu stop
     """
     found = _running() if everything else [records.find(name)]
-    for run in found:
-        journey.stop(run, grace_s)
+    failures = [failure for run in found if (failure := _stop(run, grace_s))]
     _show(found, as_json, lambda run: f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+    if failures:
+        raise failures[0]
+
+
+def _stop(run: Run, grace_s: float) -> errors.GpuError | None:
+    """Stop one of several; what went wrong with it is returned, so that the others are stopped too."""
+    try:
+        journey.stop(run, grace_s)
+    except errors.GpuError as error:
+        return error
+    return None
 
 
 def _running() -> list[Run]:

@@ -251,17 +251,32 @@ class FailingOs:
 
 
 class StallingOs:
-    """`os`, whose syncs wait until `go_on` is set."""
+    """`os`, whose syncs wait until `go_on` is set; counts those that were begun."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
+        self.syncs = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
     def fdatasync(self, descriptor: int) -> None:
+        self.syncs += 1
         self.go_on.wait()
         os.fdatasync(descriptor)
+
+
+class ShortOs:
+    """`os`, that writes only so many bytes at once."""
+
+    def __init__(self, at_most: int) -> None:
+        self._at_most = at_most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        return os.write(descriptor, data[: self._at_most])
 
 
 class FullOs:
@@ -280,8 +295,6 @@ class FullOs:
 
 class LosingOs(StallingOs):
     """`os` on a disk that cannot sync, and says so when it is let go on."""
-
-    syncs = 0
 
     def fdatasync(self, descriptor: int) -> None:
         self.syncs += 1

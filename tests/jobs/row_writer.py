@@ -1,4 +1,4 @@
-"""A process that appends rows until it is ended, and says after each, by pipe, that it is written."""
+"""A process that appends rows until it is ended, and says what is written by pipe."""
 
 from __future__ import annotations
 
@@ -29,15 +29,35 @@ def _end(*_: object) -> None:
     sys.exit(STOPPED)
 
 
-def main(path: str, seed: str, kind: str) -> None:
-    """Append to a new file; each row's number goes to standard output, as four bytes, once the row is written."""
-    signal.signal(signal.SIGTERM, _end)
-    with rows.Appender(Path(path)) as out:
+def say(number: int) -> None:
+    """Pass a number on, as four bytes."""
+    os.write(1, struct.pack("<i", number))
+
+
+def talk(path: Path, seed: int) -> None:
+    """Append rows of all sizes; say each one's number once it is written."""
+    with rows.Appender(path) as out:
         for number in itertools.count():
-            words = "" if kind == "small" else text(int(seed), number)
-            out.append({"key": str(number), "error": None, "text": words})
-            os.write(1, struct.pack("<i", number))
+            out.append({"key": str(number), "error": None, "text": text(seed, number)})
+            say(number)
+
+
+def rush(path: Path) -> None:
+    """Append small rows and do nothing else; say 0 after the first, and at the end how many are written and synced."""
+    signal.signal(signal.SIGTERM, _end)
+    try:
+        with rows.Appender(path) as out:
+            for number in itertools.count():
+                out.append({"key": str(number), "error": None})
+                if number == 0:
+                    say(0)
+    finally:
+        say(out.written)
+        say(out.synced)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) == 2:
+        rush(Path(sys.argv[1]))
+    else:
+        talk(Path(sys.argv[1]), int(sys.argv[2]))

@@ -13,11 +13,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jobs import durable
-from tests.faults.disk import RecordingOs, instead_of_os
+from tests.faults.disk import RecordingOs, ShortOs, instead_of_os
 
 ROOT = Path(__file__).parent.parent.parent
 ROUNDS = [pytest.param(20, id="quick"), pytest.param(300, id="long", marks=pytest.mark.slow)]
@@ -40,6 +40,7 @@ documents = st.recursive(
 
 @settings(deadline=None)
 @given(documents)
+@example({"\ud800": ["\\\udfff", "\u2028"]})
 def test_every_document_comes_back(tmp_path_factory: pytest.TempPathFactory, document: object) -> None:
     """Any JSON document, lone surrogates and all, is loaded as JSON itself would bring it back."""
     path = tmp_path_factory.getbasetemp() / "document.json"
@@ -152,24 +153,12 @@ def test_folders_above_are_made_too(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-class ShortOs:
-    """`os`, that writes at most seven bytes at once."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(os, name)
-
-    @staticmethod
-    def write(descriptor: int, data: bytes) -> int:
-        """Write the first few bytes."""
-        return os.write(descriptor, data[:7])
-
-
 @pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 1000])
 def test_short_writes_are_finished(size: int, tmp_path: Path) -> None:
     """A system that writes only a part at a time still gets every byte written, in order."""
     data = bytes(number % 251 for number in range(size))
     path = tmp_path / "file"
-    with instead_of_os(ShortOs()), durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+    with instead_of_os(ShortOs(7)), durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         assert durable.append(descriptor, data, 0) == size
     assert path.read_bytes() == data
 

@@ -147,6 +147,7 @@ def begin(run: rundir.Run, number: int, seal: dict[str, Any] | None) -> None:
 
 DONE, FAILED = {"reason": "done"}, {"reason": "failed"}
 RESTARTING = {"reason": "crashed", "restarting": True}
+Call = Callable[[], None]
 
 
 @pytest.mark.parametrize(
@@ -178,23 +179,29 @@ def test_states(has_job: bool, seals: list[dict[str, Any] | None], state: str, r
     assert run.state() == found
 
 
-def look_while(happens: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let something happen just after the lock is looked at for the first time."""
+def nothing() -> None:
+    """What happens mostly."""
+
+
+def look_while(monkeypatch: pytest.MonkeyPatch, *, before: Call = nothing, after: Call = nothing) -> None:
+    """Let something happen just before, or just after, the lock is looked at for the first time."""
     real = locks.is_held
-    once = iter([happens])
+    calls = iter([before, after])
 
     def look(path: Path) -> bool:
+        next(calls, nothing)()
         found = real(path)
-        next(once, lambda: None)()
+        next(calls, nothing)()
         return found
 
     monkeypatch.setattr(locks, "is_held", look)
 
 
+@pytest.mark.parametrize("at", ["before", "after"])
 def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(
-    run: rundir.Run, monkeypatch: pytest.MonkeyPatch
+    at: str, run: rundir.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock is looked at before the seal: what is sealed and let go in between is running or ended."""
+    """A run that is sealed and lets go just before or after the lock is looked at is running or ended."""
     durable.save_json(run.job, {})
     begin(run, 1, None)
     lock = locks.take(run.run_lock)
@@ -204,8 +211,8 @@ def test_a_run_that_ends_while_it_is_looked_at_is_not_called_dead(
         begin(run, 1, DONE)
         os.close(lock)
 
-    look_while(end, monkeypatch)
-    assert [run.state().state, run.state().state] == ["running", "ended"]
+    look_while(monkeypatch, before=end if at == "before" else nothing, after=end if at == "after" else nothing)
+    assert [run.state().state, run.state().state] == ["ended" if at == "before" else "running", "ended"]
 
 
 def test_a_run_that_starts_while_it_is_looked_at_is_not_called_dead(
@@ -219,7 +226,7 @@ def test_a_run_that_starts_while_it_is_looked_at_is_not_called_dead(
         taken.append(locks.take(run.run_lock))
         begin(run, 1, None)
 
-    look_while(start, monkeypatch)
+    look_while(monkeypatch, after=start)
     assert run.state().state in ("accepted", "running")
     assert run.state().state == "running"
     assert taken[0] is not None
@@ -238,7 +245,7 @@ def test_a_run_that_is_resumed_while_it_is_looked_at_is_not_called_dead(
         taken.append(locks.take(run.run_lock))
         begin(run, 2, None)
 
-    look_while(start, monkeypatch)
+    look_while(monkeypatch, after=start)
     assert run.state().state in ("ended", "running")
     assert taken[0] is not None
     os.close(taken[0])
@@ -257,7 +264,7 @@ def test_a_seal_comes_back(run: rundir.Run) -> None:
 def test_attempts_are_the_numbered_folders_in_order(run: rundir.Run) -> None:
     """Attempts are given oldest first, and nothing else that lies beside them."""
     assert run.attempts() == []
-    for name in ("0010", "0002", "0001", "1", "00003", "0004.tmp", "x"):
+    for name in ("0010", "0002", "0001", "1", "00003", "0004.tmp", "٠٠٠٥", "x"):
         (run.folder / "attempts" / name).mkdir(parents=True)
     assert [attempt.number for attempt in run.attempts()] == [1, 2, 10]
     assert run.attempt(2).folder == run.attempts()[1].folder

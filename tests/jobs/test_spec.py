@@ -114,6 +114,13 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(setting: str, named: 
     assert str(caught.value).startswith(named)
 
 
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "1e999"])
+def test_a_number_without_bounds_is_still_one(text: str) -> None:
+    """Infinities and NaN are no numbers, also where no bounds are set: JSON does not have them."""
+    with pytest.raises(spec.SpecError, match="is not a number"):
+        spec.Parameter("own", "number", "").parse(text)
+
+
 def test_all_faults_are_named_at_once(job: spec.Job) -> None:
     """Several wrong settings are one error that names each."""
     with pytest.raises(spec.SpecError, match=r"samples=0 .*; mine has no parameter 'modle'.*; temperature='hot'"):

@@ -27,7 +27,7 @@ def gpu(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def follow(run: Run) -> None:
-    journey.go(run, lambda _frame, _data: None)
+    journey.go(run, lambda _frame, _data: None, lambda _: None)
 
 
 def keys_at_home(run: Run) -> list[str]:
