@@ -29,7 +29,7 @@ def advance(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     if run.record.state == "planned":
         push(run, machine)
     elif run.record.state == "pushed":
-        start(run, machine)
+        start(run, machine, arrivals)
     elif run.record.state == "running":
         bring_home(run, machine, arrivals, news)
 
@@ -40,7 +40,7 @@ def push(run: Run, machine: Machine) -> None:
     run.save(state="pushed")
 
 
-def start(run: Run, machine: Machine) -> None:
+def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
     """Start the next attempt; asked twice, or by two, it starts once."""
     if run.record.attempt == 0:
         _put(run, machine)
@@ -56,6 +56,7 @@ def start(run: Run, machine: Machine) -> None:
     if answer.get("error") == "conflict":
         raise ConfigError(f"{machine.name} holds another run under the id {run.run_id}.", "Start it anew: gpu run …")
     if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
+        arrivals.machine_lost_its_folder()
         run.save(attempt=answer["attempt"])
         return
     if answer["started"] and answer["state"] != "running" and answer["attempt"] == run.record.attempt:

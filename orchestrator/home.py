@@ -165,6 +165,16 @@ class Arrivals:
         durable.sync_folder(path.parent)
         self._hashes.pop(self._name(path), None)
 
+    def machine_lost_its_folder(self) -> None:
+        """Keep the copies of a folder that is gone under another name: what the machine makes next is another story."""
+        number = 1
+        while (aside := self.copy.folder.with_name(f"{self.copy.folder.name}.lost-{number}")).exists():
+            number += 1
+        if self.copy.folder.is_dir():
+            self.copy.folder.rename(aside)
+            durable.sync_folder(aside.parent)
+        self._hashes.clear()
+
     def is_complete(self, seal: rundir.Seal) -> bool:
         """Whether everything the seal names is here, byte for byte."""
         attempt = self.copy.attempt(seal.attempt)

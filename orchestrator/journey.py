@@ -12,7 +12,8 @@ from orchestrator.runs import ENDED, Run
 from orchestrator.transport import Machine
 
 _POLL_S = 0.5
-_STOP_MARGIN_S = 40.0
+_PATIENCE_S = 10.0
+"""How long a stop waits for another process of ours to bring home what was stopped."""
 Step = Callable[[Run, Machine, Arrivals, News], None]
 """Something done with a run by the one process that holds its lock."""
 
@@ -61,7 +62,7 @@ def refresh(run: Run) -> None:
 def stop(run: Run, grace_s: float) -> None:
     """Stop the run where it runs, bring the last of it home, and record it, together with whoever follows the run."""
     machine = planning.this_computer()
-    deadline = clock.monotonic() + grace_s + _STOP_MARGIN_S
+    asked_at: float | None = None
 
     def end(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
         if run.record.state in ("pushed", "running"):  # asked again under the lock: it may have begun just now
@@ -73,9 +74,10 @@ def stop(run: Run, grace_s: float) -> None:
     while run.record.state not in ENDED:
         if run.record.state != "planned":
             advance.stop(run, machine, grace_s)
+        asked_at = asked_at or clock.monotonic()
         if not _taken(run, _unseen, end):
             run.reload()
-            if clock.monotonic() > deadline:
+            if clock.monotonic() > asked_at + _PATIENCE_S:
                 raise NotReachable(
                     f"{run.run_id} is stopped on {machine.name}, but process {follower(run)} holds its folder here "
                     "and does not go on.",

@@ -113,6 +113,7 @@ def _frame(line: bytes) -> Frame:
         and all(isinstance(frame.get(name, ""), str) for name in names)
         and all(type(frame.get(name, 0)) is int for name in ("bytes", "offset", "attempt"))
         and 0 <= frame.get("bytes", 0) <= _FRAME_DATA_MAX_BYTES
+        and (not frame.get("end") or {"state", "attempt"} <= frame.keys())
     ):
         return frame
     raise NotReachable(f"The machine sent something that is no frame: {line[:80]!r}")

@@ -15,7 +15,13 @@ from orchestrator.plain import plain
 from orchestrator.runs import Run
 
 _SHOWN = 20
-_GRACE = click.FloatRange(0.0, 86_400.0)
+
+
+def _seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """A time span from 0 to a day; not-a-number is none."""
+    if not 0.0 <= value <= 86_400.0:
+        raise click.BadParameter(f"{value} is not a number of seconds from 0 to 86400")
+    return value
 
 
 @click.command()
@@ -93,7 +99,9 @@ def pull(name: str | None, as_json: bool) -> None:
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False)
 @click.option("--all", "everything", is_flag=True, help="Every run that is running.")
-@click.option("--grace", "grace_s", type=_GRACE, default=10.0, show_default=True, help="Seconds to sync its rows.")
+@click.option(
+    "--grace", "grace_s", callback=_seconds, default=10.0, show_default=True, help="Seconds to sync its rows."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> None:
     """Stop a run cleanly: its worker syncs what it has, and the rows come home.

@@ -13,7 +13,7 @@ import pytest
 from jobs import durable, rows
 from tests.faults.disk import Effect, PowerCut, RecordingOs, instead_of_os
 
-CUTS = [pytest.param(300, id="quick"), pytest.param(20_000, id="long", marks=pytest.mark.slow)]
+CUTS = [pytest.param(300, id="quick"), pytest.param(10_000, id="long", marks=pytest.mark.slow)]
 _ALPHABET = 'abcdefghij klmnopqrst\\"\nxyzäöü€漢字🙂'
 
 
