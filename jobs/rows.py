@@ -29,6 +29,7 @@ _CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})"\}')
 _CHECKSUM_BYTES = len(b',"crc":"00000000"}')
 _HEAD = re.compile(rb'\{"key":"([^"\\]*)","error":(null|")')
 Row = dict[str, Any]
+_write_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 class BadRow(ValueError):
@@ -44,7 +45,7 @@ def encode(row: Row) -> bytes:
         raise ValueError("a row's key is text, and no field of it is named crc: that is the checksum's")
     ordered = {"key": row["key"], "error": row["error"], **row}
     try:
-        body = json.dumps(ordered, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        body = _write_json(ordered).encode()
     except UnicodeEncodeError:  # a lone surrogate, which UTF-8 does not have: written as an escape instead
         body = json.dumps(ordered, separators=(",", ":"), allow_nan=False).encode()
     return b'%b,"crc":"%08x"}\n' % (body[:-1], zlib.crc32(body))

@@ -206,7 +206,7 @@ def test_a_wait_that_is_broken_off_leaves_no_file_open(path: Path, monkeypatch: 
     os.close(first)
 
 
-@pytest.mark.parametrize("count", [pytest.param(10, id="quick"), pytest.param(300, id="long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [pytest.param(50, id="quick"), pytest.param(5000, id="long", marks=pytest.mark.slow)])
 def test_twenty_that_race_never_meet(count: int, path: Path, start: Start) -> None:
     """Of twenty processes that take and release the lock again and again, never two are inside, and all get through."""
     processes = [start(RACE, str(count)) for _ in range(20)]

@@ -197,9 +197,6 @@ def test_broken_toml_is_named_with_file_and_line(folder: Path) -> None:
         spec.load(path)
 
 
-UNCHECKED = pytest.mark.xfail(strict=True, reason="the types of these keys are not looked at when a job is loaded")
-
-
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
@@ -217,12 +214,13 @@ UNCHECKED = pytest.mark.xfail(strict=True, reason="the types of these keys are n
         ('type = "integer"', 'type = "whole"', "parameter 'own' needs a type: text, integer, number, flag"),
         ("default = 3", "default = 10", "own=10 is not a whole number from 1 to 9 or all"),
         ("default = 3", "default = 3.0", "own=3.0 is not a whole number from 1 to 9 or all"),
-        pytest.param("min = 1", 'min = "one"', "min", marks=UNCHECKED),
-        pytest.param('words = ["all"]', "words = 5", "words", marks=UNCHECKED),
-        pytest.param('words = ["all"]', 'choices = "abc"', "choices", marks=UNCHECKED),
-        pytest.param('task = "gsm8k"', "task = 5", "task", marks=UNCHECKED),
-        pytest.param('task = "gsm8k"', 'needs = "file"', "needs", marks=UNCHECKED),
-        pytest.param('help = "a parameter of this job only"', "help = 5", "help", marks=UNCHECKED),
+        ("min = 1", 'min = "one"', "min"),
+        ('words = ["all"]', "words = 5", "words"),
+        ('words = ["all"]', 'choices = "abc"', "choices"),
+        ('name = "mine"', 'name = "My Own"', "name 'My Own' must be small letters, digits and dashes"),
+        ('task = "gsm8k"', "task = 5", "task"),
+        ('task = "gsm8k"', 'needs = "file"', "needs"),
+        ('help = "a parameter of this job only"', "help = 5", "help"),
     ],
 )
 def test_a_wrong_definition_is_named_with_file_and_key(old: str, new: str, named: str, folder: Path) -> None:
