@@ -135,7 +135,7 @@ def load_news(path: Path) -> dict[str, Any]:
     """The JSON object at `path`, empty when there is none or it is damaged: for files that were never synced."""
     try:
         document = load_json(path)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 

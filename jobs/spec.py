@@ -99,8 +99,8 @@ class Parameter:
     def expected(self) -> str:
         """What this parameter takes, in words."""
         words = {"text": "text", "integer": "a whole number", "number": "a number", "flag": "true or false"}[self.type]
-        if self.min is not None and self.max is not None:
-            words += f" from {self.min} to {self.max}"
+        words += "" if self.min is None else f" from {self.min}"
+        words += "" if self.max is None else f" to {self.max}"
         if self.choices:
             words = f"one of {', '.join(self.choices)}"
         return " or ".join([words, *self.words])
@@ -149,9 +149,12 @@ def load(path: Path) -> Job:
     """The job a TOML file defines; raises SpecError naming the file and what is at fault. Laptop only (tomllib)."""
     document = _load_toml(path)
     try:
-        return _job(document, _load_toml(_COMMON))
+        job = _job(document, _load_toml(_COMMON))
+        if job.name != path.stem:
+            raise SpecError(f"its name {job.name!r} is not that of the file")
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from None
+    return job
 
 
 def find(name: str, folders: Iterable[Path]) -> Job:

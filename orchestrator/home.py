@@ -112,6 +112,7 @@ class Arrivals:
             raise NotReachable(
                 f"A piece of {path.name} was sent for offset {frame['offset']}, but {size} bytes are here."
             )
+        del self._hashes[self._name(path)]  # should the sync fail, the file is looked at anew
         with durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
             end = durable.append(descriptor, data, size)
             durable.sync(descriptor)

@@ -57,6 +57,21 @@ def test_a_missing_document_is_none_and_a_damaged_one_an_error(tmp_path: Path) -
         durable.load_json(path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00" * 100, b'{"a": 1', b"[1]", b"7", b"\xff", b"[" * 100_000],
+    ids=lambda content: repr(content[:9]),
+)
+def test_news_that_are_damaged_are_no_news(content: bytes, tmp_path: Path) -> None:
+    """A file that was never synced is empty news when damaged, absent or no object, and itself when whole."""
+    path = tmp_path / "status.json"
+    assert durable.load_news(path) == {}
+    path.write_bytes(content)
+    assert durable.load_news(path) == {}
+    durable.save_json(path, {"phase": "generating"}, synced=False)
+    assert durable.load_news(path) == {"phase": "generating"}
+
+
 def test_what_is_not_json_leaves_the_old_document(tmp_path: Path) -> None:
     """NaN and things JSON does not know are refused, and change nothing."""
     path = tmp_path / "state" / "run.json"

@@ -232,7 +232,6 @@ def test_a_wrong_definition_is_named_with_file_and_key(old: str, new: str, named
     assert named in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="bounds are said only where there are two")
 def test_a_single_bound_is_said(folder: Path) -> None:
     """A parameter with only one bound says it when a value lies outside."""
     job = spec.load(changed(folder, "max = 9\n", ""))
