@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from jobs import durable, rows
-from orchestrator import runs
+from orchestrator import planning, runs
 
 GPU = [sys.executable, "-m", "orchestrator.cli"]
 PROBLEM = '{{"question": "Tom has {0} apples and buys 2 more. How many now?", "answer": "#### {1}"}}\n'
@@ -85,3 +86,17 @@ def test_a_resume_with_another_dataset_explains_and_stops(trained: None) -> None
     assert done.returncode == 3, done.stderr
     assert "dataset_digest was" in done.stderr
     assert run.home.rows.read_bytes() == before
+
+
+def test_the_trained_model_travels_with_its_run(trained: None) -> None:
+    """Where the machine has lost run and model, a resume takes both from home: nothing is trained, one fingerprint."""
+    assert gpu("run", "eval-gsm8k", "-q", "--limit", "2", "--set", "samples=1").returncode == 0
+    run = runs.find(None)
+    before = durable.load_json(run.home.summary)["fingerprint"]
+    run.save(state="stopped")
+    for name in ("models", "runs"):
+        shutil.rmtree(planning.this_computer().root / name)
+    done = gpu("resume", "-q")
+    assert done.returncode == 0, done.stderr
+    assert durable.load_json(run.home.summary)["fingerprint"] == before
+    assert not (planning.this_computer().root / "models").exists(), "nothing was trained"
