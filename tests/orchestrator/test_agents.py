@@ -44,7 +44,7 @@ def test_a_snapshot_is_the_installed_code(store: Path) -> None:
     assert agents.kept(store, name) == agents.sources()
     assert {"jobs/rows.py", "worker/__main__.py", "worker/locks/worker.txt"} <= agents.sources().keys()
     assert agents.keep(store) == name
-    assert [path.name for path in store.iterdir()] == [name]
+    assert [path.name for path in store.glob("[!.]*")] == [name]
 
 
 def test_other_code_has_another_name() -> None:
@@ -108,17 +108,24 @@ def test_a_folder_has_its_name_only_when_it_is_whole(store: Path) -> None:
     files = {"jobs/rows.py": b"x = 1\n", "worker": b"in the way of a folder", "worker/agent.py": b"y = 2\n"}
     with pytest.raises(OSError, match="worker"):
         agents.write(files, store / "name")
-    assert list(store.iterdir()) == []
-
-
-def test_many_may_write_the_same_snapshot(store: Path) -> None:
-    """Written by eight at once, a snapshot is whole, and nothing half-made is left."""
-    files = {f"jobs/part{number}.py": bytes(1000) for number in range(20)}
-    name = agents.digest(files)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: agents.write(files, store / name), range(8)))
-    assert agents.kept(store, name) == files
+    assert not (store / "name").exists()
     assert not list(store.glob(".new-*"))
+
+
+@pytest.mark.parametrize("begins", ["missing", "damaged"])
+def test_many_may_write_the_same_snapshot(store: Path, begins: str) -> None:
+    """Written by eight at once, again and again, a snapshot is whole, is moved aside only when damaged, and no more."""
+    files = {f"jobs/part{number}.py": bytes(100) for number in range(10)}
+    name = agents.digest(files)
+    for _ in range(5):
+        shutil.rmtree(store, ignore_errors=True)
+        if begins == "damaged":
+            (store / name / "jobs").mkdir(parents=True)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: agents.write(files, store / name), range(8)))
+        assert agents.kept(store, name) == files
+        assert not list(store.glob(".new-*"))
+        assert len(list(store.glob(".damaged-*"))) == (begins == "damaged")
 
 
 def test_a_damaged_copy_on_the_machine_is_sent_again(counting_run: Callable[..., Run]) -> None:
