@@ -143,6 +143,14 @@ class Run:
         current = durable.load_json(self.current)
         return int(current["attempt"]) if current else 0
 
+    def row_files(self) -> list[Path]:
+        """Every file of rows there is or may be here, what came from home first."""
+        return [self.home, *(attempt.rows for attempt in self.attempts())]
+
+    def selection_files(self) -> list[Path]:
+        """The same for the re-ranker's choices."""
+        return [self.home_selections, *(attempt.selections for attempt in self.attempts())]
+
     def folders(self) -> Iterator[Path]:
         """The finished folders of weights in this run."""
         for path in sorted(self.folder.glob("*")):

@@ -32,7 +32,7 @@ def work(run, attempt, job):
     params = job["params"]
     progress = Progress(attempt.progress)
     done = rows.Index()
-    for path in [run.home, *(each.rows for each in run.attempts())]:
+    for path in run.row_files():
         rows.index(path, done)
     if params.get("refuse"):
         raise ConfigFailure("the dataset is not one", "take another")
@@ -42,7 +42,8 @@ def work(run, attempt, job):
         code = ["import os, signal", "if os.fork(): os._exit(0)", "os.setsid()", "if os.fork(): os._exit(0)"]
         subprocess.Popen([sys.executable, "-c", "\\n".join([*code, "signal.pause()"])]).wait()
     todo = [index for index in range(params["count"]) if not done.keys.get(f"t/s/{index}#0")]
-    progress.phase("counting", rows_total=params["count"], rows_before=params["count"] - len(todo))
+    progress.expect(total=params["count"], before=params["count"] - len(todo))
+    progress.phase("counting")
     with rows.Appender(attempt.rows) as out:
         for made, index in enumerate(todo):
             if params.get("crash_after") == made:

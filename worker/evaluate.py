@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,35 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     plan.refuse_bad_prompts(prepared, say)
     resolve.settle(run, prepared)
     done = finished(run)
-    todo = [item for item in prepared.items if not done.get(item.key)]
+    todo = {item.key: item for item in prepared.items if not done.get(item.key)}
+    progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
     watch = Watch(job["params"]["expect"], run, prepared.items)
     with rows.Appender(attempt.rows) as out:
-        if todo:
-            progress.phase(
-                "loading the model", rows_total=len(prepared.items), rows_before=len(prepared.items) - len(todo)
-            )
-            generator = engine(prepared)
-            durable.save_json(attempt.env, {**facts.environment(), "generating_since": resolve.now()})
-            progress.phase("generating")
-            by_key = {item.key: item for item in todo}
-            for prompt, completion in generator.generate((item.prompt for item in todo), prepared.sampling):
-                row = make_row(prepared, by_key[prompt.key], completion)
-                out.append(row)
-                progress.rows(out.synced)
-                watch.see(row)
-            del generator
-        out.sync()
-        progress.rows(out.synced)
+        for item, completion in completions(prepared, todo, attempt, progress):
+            row = make_row(prepared, item, completion)
+            out.append(row)
+            progress.rows(out.synced)
+            watch.see(row)
+    progress.rows(out.synced)
     if job["params"]["reranker"]:
         progress.phase("re-ranking")
         selecting.select(run, attempt, prepared)
     progress.phase("done")
+
+
+def completions(
+    prepared: plan.Prepared, todo: dict[str, Item], attempt: rundir.Attempt, progress: Progress
+) -> Iterator[tuple[Item, Completion]]:
+    """What the model says to each item, as it finishes; the model is loaded only when there is something to do."""
+    if not todo:
+        return
+    progress.phase("loading the model")
+    generator = engine(prepared)
+    durable.save_json(attempt.env, {**facts.environment(), "generating_since": resolve.now()})
+    progress.phase("generating")
+    prompts = (item.prompt for item in todo.values())
+    for prompt, completion in generator.generate(prompts, prepared.sampling):
+        yield todo[prompt.key], completion
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
@@ -62,16 +69,11 @@ def engine(prepared: plan.Prepared) -> Generator:
 def finished(run: rundir.Run) -> dict[str, bool]:
     """Every key that has a row, at home or in an attempt here, with whether that row is without error."""
     found = rows.Index()
-    for path in row_files(run):
+    for path in run.row_files():
         rows.index(path, found)
     if found.corrupt:
         say(f"{found.corrupt} damaged lines among the rows were passed over; what they held is generated again.")
     return found.keys
-
-
-def row_files(run: rundir.Run) -> list[Path]:
-    """Every file of rows this run has on this machine, those from home first."""
-    return [run.home, *(attempt.rows for attempt in run.attempts())]
 
 
 def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> rows.Row:

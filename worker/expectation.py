@@ -29,7 +29,7 @@ class Watch:
         self._sequence = ConfidenceSequence()
         self._shown: list[str] = []
         if self._expected:
-            for row in rows.read([run.home, *(attempt.rows for attempt in run.attempts())]):
+            for row in rows.read(run.row_files()):
                 if row["error"] is None:
                     self._take(row)
 

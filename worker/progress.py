@@ -20,11 +20,15 @@ class Progress:
         self._saved_at = 0.0
         self._said: dict[str, Any] = {"phase": "starting", "rows_before": 0, "rows_total": None, "rows_synced": 0}
 
-    def phase(self, words: str, **counts: int) -> None:
+    def phase(self, words: str) -> None:
         """Say what is being done now; written at once."""
         print(words, flush=True)  # noqa: T201 -- the worker's log is its standard output
-        self._said.update(counts, phase=words)
+        self._said["phase"] = words
         self._save()
+
+    def expect(self, total: int, before: int) -> None:
+        """Say how many rows there will be, and how many of them there are already."""
+        self._said.update(rows_total=total, rows_before=before)
 
     def rows(self, synced: int) -> None:
         """Say how many rows of this attempt are on the disk."""

@@ -19,7 +19,7 @@ def select(run: rundir.Run, attempt: rundir.Attempt, prepared: Prepared) -> None
     A re-ranker that raises or hangs gives rows with an error, never a failed run.
     """
     chosen = rows.Index()
-    for path in [run.home_selections, *(earlier.selections for earlier in run.attempts())]:
+    for path in run.selection_files():
         rows.index(path, chosen)
     problems = {item.example.id: item.example.problem for item in prepared.items}
     prefix = prepared.items[0].key.rpartition("#")[0].removesuffix(prepared.items[0].example.id)
@@ -28,7 +28,7 @@ def select(run: rundir.Run, attempt: rundir.Attempt, prepared: Prepared) -> None
         rows.Appender(attempt.selections) as out,
         Reranker(settings["reranker"], settings["reranker_timeout_s"]) as reranker,
     ):
-        for example_id, candidates in _candidates([run.home, *(earlier.rows for earlier in run.attempts())]):
+        for example_id, candidates in _candidates(run.row_files()):
             key = prefix + example_id
             if example_id in problems and not chosen.keys.get(key):
                 out.append(_choice(key, problems[example_id], candidates, reranker))

@@ -115,7 +115,7 @@ def test_an_endless_line_is_not_kept() -> None:
         frames(b"x" * (1 << 20))
 
 
-@pytest.mark.parametrize("cut", [b'{"beat":tr', b'{"file":"x","bytes":5}\n', b'{"file":"x","bytes":5}\nfour'])
+@pytest.mark.parametrize("cut", [b'{"beat":tr', b'{"whole":"x","bytes":5}\n', b'{"whole":"x","bytes":5}\nfour'])
 def test_a_frame_that_is_cut_is_not_given(cut: bytes) -> None:
     """Of a stream that ends inside a frame, what came before that frame is given and nothing of it."""
     assert frames(b'{"beat":true}\n' + cut) == [{"beat": True}]
