@@ -54,8 +54,8 @@ class _Timed(rows.Appender):
     def append(self, row):
         self._time(super().append, row)
 
-    def sync(self):
-        self._time(super().sync)
+    def close(self):
+        self._time(super().close)
         facts = {
             "share": self.spent_s / (_time.perf_counter() - self.began_s),
             "cpu_share": self.cpu_spent_s / (_time.thread_time() - self.cpu_began_s),
