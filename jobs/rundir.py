@@ -88,9 +88,19 @@ class Seal:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Seal:
-        """The seal in a document, without what newer code has added. TypeError when something is missing."""
+        """The seal in a document, without what newer code has added. TypeError when it is none."""
         known = {entry.name for entry in fields(cls)}
-        return cls(**{name: value for name, value in document.items() if name in known})
+        seal = cls(**{name: value for name, value in document.items() if name in known})
+        words = (seal.reason, seal.kind, seal.message, seal.hint)
+        facts = isinstance(seal.files, dict) and seal.files.keys() <= set(GROWING) and seal.files.values()
+        if (
+            not isinstance(seal.attempt, int)
+            or not all(isinstance(text, str) for text in words)
+            or facts is False
+            or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in facts)
+        ):
+            raise TypeError("not a seal")
+        return seal
 
 
 class Attempt:

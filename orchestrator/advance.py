@@ -55,6 +55,8 @@ def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
     answer = transport.ask(machine, words, spec.canonical({"job": run.job(), "order": order}))
     if answer.get("error") == "conflict":
         raise ConfigError(f"{machine.name} holds another run under the id {run.run_id}.", "Start it anew: gpu run …")
+    if not {"started", "state", "attempt"} <= answer.keys():
+        raise NotReachable(f"{machine.name} answered the start of {run.run_id} with {str(answer)[:200]}.")
     if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
         arrivals.machine_lost_its_folder()
         run.save(attempt=answer["attempt"])
@@ -117,7 +119,8 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     if end["state"] in ("accepted", "none"):  # never started, or its folder there is gone
         begun = run.record.attempt > 0 or arrivals.copy.attempts()
         failure = _lost(run, run.record.attempt) if begun else {}
-        run.save(state="lost" if begun else "planned", failure=failure)
+        arrivals.machine_lost_its_folder()
+        run.save(state="lost" if begun else "planned", failure=failure, attempt=0)
         return
     if end["state"] == "died" or seal is None:
         failure = _lost(run, end["attempt"])

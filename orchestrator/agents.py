@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
 
-from jobs import durable
+from jobs import durable, locks
 from orchestrator.errors import ConfigError
 
 _SUFFIXES = (".py", ".toml", ".txt")
 _PACKAGES = ("jobs", "worker")
+_LOCK_WAIT_S = 60.0
 
 
 def sources() -> dict[str, bytes]:
@@ -60,11 +60,17 @@ def kept(store: Path, name: str) -> dict[str, bytes]:
 def write(files: dict[str, bytes], folder: Path) -> None:
     """Have exactly these files in a folder named by their digest: durable, whole or not at all.
 
-    A folder that is damaged, as a power cut may leave it, is made anew; another process doing the same is no harm.
+    A folder that is damaged, as a power cut may leave it, is made anew, by one process at a time: a whole one stays.
     """
     if _files(folder) == files:
         return
     durable.have_folder(folder.parent)
+    with locks.held(folder.parent / ".writing", _LOCK_WAIT_S):
+        if _files(folder) != files:  # nobody else made it meanwhile
+            _make(files, folder)
+
+
+def _make(files: dict[str, bytes], folder: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
     try:
         for name, data in files.items():
@@ -72,8 +78,7 @@ def write(files: dict[str, bytes], folder: Path) -> None:
             durable.replace_whole(staging / name, data)
         if folder.is_dir():
             folder.rename(Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent)) / folder.name)
-        with contextlib.suppress(OSError):  # the other process won: the contents are the same, by name
-            staging.rename(folder)
+        staging.rename(folder)
         durable.sync_folder(folder.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -59,19 +59,20 @@ def count(run: Run) -> dict[str, Any]:
 
 
 def _resolved(run: Run) -> dict[str, Any]:
-    return durable.load_json(run.home.machine(run.record.machine).resolved) or {}
+    return durable.load_news(run.home.machine(run.record.machine).resolved)
 
 
 def _effort(run: Run) -> tuple[int, float]:
     """Tokens generated, and the seconds from the model being loaded to the last row, added up over attempts."""
-    tokens = sum(row["tokens_out"] or 0 for row in finals(run))
+    tokens = sum(row.get("tokens_out") or 0 for row in finals(run))
     seconds = 0.0
     for machine in sorted((run.home.folder / "machines").glob("*")):
         for attempt in rundir.Run(machine).attempts():
             last = _last_row_at(attempt)
-            began = (durable.load_json(attempt.env) or {}).get("generating_since")
-            if last and began:
-                seconds += (clock.parse(last) - clock.parse(began)).total_seconds()
+            began = durable.load_news(attempt.env).get("generating_since")
+            with contextlib.suppress(ValueError, TypeError):  # no times: that machine made them up
+                if last and began:
+                    seconds += (clock.parse(last) - clock.parse(str(began))).total_seconds()
     return tokens, round(seconds, 3)
 
 
@@ -79,5 +80,5 @@ def _last_row_at(attempt: rundir.Attempt) -> str | None:
     """When the last row of an attempt was made; None without rows, or when that one cannot be read."""
     with contextlib.suppress(rows.BadRow):
         for _, line in deque(rows.whole_lines(attempt.rows), maxlen=1):
-            return str(rows.decode(line)["at"])
+            return str(rows.decode(line).get("at", ""))
     return None

@@ -69,9 +69,10 @@ def ask(machine: Machine, words: list[str], data: bytes = b"", deadline_s: float
     answer = machine.call(words, data, deadline_s)
     try:
         frame = json.loads(answer)
-    except ValueError:
-        raise NotReachable(f"{machine.name} answered with something else than an answer: {answer[:200]!r}") from None
-    assert isinstance(frame, dict)
+    except (ValueError, RecursionError):
+        frame = None
+    if not isinstance(frame, dict):
+        raise NotReachable(f"{machine.name} answered with something else than an answer: {answer[:200]!r}")
     if frame.get("error") == "disk_full":
         raise (HomeDiskFull if machine.name == "local" else JobFailed)(
             f"No space is left on the disk of {machine.name} that holds {frame['folder']}. Nothing was lost.",
@@ -105,7 +106,7 @@ def _frame(line: bytes) -> Frame:
     """The header of a frame, its few fields of the right types; NotReachable for anything else."""
     try:
         frame = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         frame = None
     names = ("file", "whole", "diverged", "sha256", "state")
     if (
@@ -114,6 +115,7 @@ def _frame(line: bytes) -> Frame:
         and all(type(frame.get(name, 0)) is int for name in ("bytes", "offset", "attempt"))
         and 0 <= frame.get("bytes", 0) <= _FRAME_DATA_MAX_BYTES
         and (not frame.get("end") or {"state", "attempt"} <= frame.keys())
+        and ("file" not in frame or "offset" in frame)
     ):
         return frame
     raise NotReachable(f"The machine sent something that is no frame: {line[:80]!r}")

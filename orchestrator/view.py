@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -46,15 +47,16 @@ class Tally:
             self.phase = plain(str(said["phase"]))
             self.total = None if said["rows_total"] is None else int(said["rows_total"])
             self.rate = float(said["rows_per_second"] or 0)
-            self.eta_s = float(said["eta_s"] or 0)
-        except (ValueError, TypeError, KeyError):
+            eta_s = float(said["eta_s"] or 0)
+            self.eta_s = eta_s if math.isfinite(eta_s) else 0.0
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             return
 
     def _count(self, line: bytes) -> None:
         with contextlib.suppress(rows.BadRow):
             row = rows.decode(line)
-            self.home += row["error"] is None
-            if row.get("score") is not None:
+            self.home += row.get("error") is None
+            if isinstance(row.get("score"), (int, float)):
                 self._scored += 1
                 self._sum += row["score"]
 

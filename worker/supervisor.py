@@ -166,7 +166,7 @@ class Supervisor:
                 stopped_at = time.monotonic()
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker.pid, signal.SIGTERM)
-            if stopped_at is not None and time.monotonic() >= stopped_at + _grace_s(attempt):
+            if stopped_at is not None and time.monotonic() >= stopped_at + self._grace_s(attempt):
                 _kill_group(worker)
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + _HEARTBEAT_S
@@ -181,6 +181,11 @@ class Supervisor:
         before = _signature(self.run.attempt(attempt.number - 1).stop)
         known = self._old_stop if attempt.number == self._first_attempt else None
         return attempt.stop.exists() or before != known
+
+    def _grace_s(self, attempt: rundir.Attempt) -> float:
+        """How long the asker of the stop gives the worker; a second asker may have less patience."""
+        asked = durable.load_news(attempt.stop) or durable.load_news(self.run.attempt(attempt.number - 1).stop)
+        return float(asked.get("grace_s", GRACE_S))
 
     def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
         """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
@@ -281,10 +286,6 @@ def announce_ready() -> None:
 
 def _outcome(reason: str, kind: str = "", message: str = "", hint: str = "") -> dict[str, Any]:
     return {"reason": reason, "kind": kind, "message": message, "hint": hint, "restarting": False}
-
-
-def _grace_s(attempt: rundir.Attempt) -> float:
-    return float(durable.load_news(attempt.stop).get("grace_s", GRACE_S))
 
 
 def _load_progress(attempt: rundir.Attempt) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from orchestrator.plain import plain
+
 
 def document(value: Any) -> None:
     """Print one JSON document and nothing else."""
@@ -16,7 +18,7 @@ def document(value: Any) -> None:
 
 def columns(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """Print lines in aligned columns under their titles."""
-    table = [titles, *lines]
+    table = [[plain(word) for word in line] for line in (titles, *lines)]  # names and counts may be a machine's
     widths = [max(len(line[index]) for line in table) for index in range(len(titles))]
     for line in table:
         click.echo("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())

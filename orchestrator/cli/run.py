@@ -70,8 +70,12 @@ def resume(name: str | None, machine: str, new_code: bool, **how: bool) -> None:
     _only_local(machine)
     found = runs.find(name)
     _announce(found, how)
-    with _leaving(found):
-        journey.reopen(found, new_code)
+    try:
+        with _leaving(found):
+            journey.reopen(found, new_code)
+    except errors.GpuError:
+        _show_outcome(found, how)
+        raise
     _carry(found, how)
 
 
