@@ -115,6 +115,8 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     """Take over how a run ended. `sealed` only when the rows here are those of the seal, byte for byte."""
     seal = _seal(end)
     if end["state"] == "running":
+        if run.record.state == "pushed":  # it was started, and whoever started it could not say so any more
+            run.save(state="running", started_at=run.record.started_at or clock.now())
         return
     if end["state"] in ("accepted", "none"):  # never started, or its folder there is gone
         begun = run.record.attempt > 0 or arrivals.copy.attempts()

@@ -32,7 +32,12 @@ Frame = dict[str, Any]
 
 
 def put(run: rundir.Run, source: BinaryIO) -> Frame:
-    """Take files into a run that has not started: frames of a JSON line `{name, bytes, sha256}` and that many bytes."""
+    """Take files into a run that has not begun: frames of a JSON line `{name, bytes, sha256}` and that many bytes.
+
+    A run that has begun keeps what it began with: nothing is taken.
+    """
+    if run.last_attempt() > 0:
+        return {"put": []}
     durable.have_folder(run.folder)
     taken = []
     while line := source.readline():

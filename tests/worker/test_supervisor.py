@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -242,3 +243,28 @@ def test_secrets_stay_in_memory(counting_run: Callable[..., Run], on_machine: Fo
     words = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes.marked(run.run_id)]
     assert words
     assert not [line for line in words if b"s3cr3t-canary" in line]
+
+
+def test_a_run_that_has_begun_takes_no_more_files(counting_run: Callable[..., Run], on_machine: Folder) -> None:
+    """Rows from home are taken before the first attempt only: a worker never finds them changed under it."""
+    run = counting_run(count=2)
+    line = b"{}\n"
+    header = {"name": "home.jsonl", "bytes": len(line), "sha256": hashlib.sha256(line).hexdigest()}
+    piece = spec.canonical(header) + b"\n" + line
+    advance.push(run, planning.this_computer())
+    assert ask(run, "put", data=piece) == {"put": ["home.jsonl"]}
+    on_machine(run).home.unlink()
+    ask(run, "start", data=order(run))
+    ended(run)
+    assert ask(run, "put", data=piece) == {"put": []}
+    assert not on_machine(run).home.exists()
+
+
+@pytest.mark.parametrize("name", ["job.json", "../../escape", "attempts/0001/rows.jsonl", "run.lock", "/etc/x"])
+def test_only_what_comes_from_home_is_taken(counting_run: Callable[..., Run], on_machine: Folder, name: str) -> None:
+    """A file that a start does not need is refused by name, and nothing is written."""
+    run = counting_run(count=2)
+    advance.push(run, planning.this_computer())
+    header = {"name": name, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    assert ask(run, "put", data=spec.canonical(header) + b"\nx") == {"error": "refused", "name": name}
+    assert list(on_machine(run).folder.iterdir()) == []
