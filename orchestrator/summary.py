@@ -24,13 +24,13 @@ def write(run: Run) -> dict[str, Any]:
 
 
 def finals(run: Run) -> Iterator[rows.Row]:
-    """Each key's final row."""
-    return rows.read([run.home.rows])
+    """Each key's final row; one that does not say which sample of which example it is counts for nothing."""
+    return (row for row in rows.read([run.home.rows]) if {"example_id", "sample_index"} <= row.keys())
 
 
 def choices(run: Run) -> dict[str, rows.Row]:
     """What the re-ranker chose, by example."""
-    return {row["example_id"]: row for row in rows.read([run.home.selections])}
+    return {str(row.get("example_id")): row for row in rows.read([run.home.selections])}
 
 
 def count(run: Run) -> dict[str, Any]:
