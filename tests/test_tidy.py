@@ -141,7 +141,9 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 def test_nothing_of_this_machine_is_in_the_project() -> None:
     """No tracked file names the folder it lies in, nor a package registry's host."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.split(b"\0")
-    unwanted = (f"{ROOT.parent}/".encode(), b"pypi." + b"org", b"registry.npmjs." + b"org", b"files.python" + b"hosted")
+    unwanted = [b"pypi." + b"org", b"registry.npmjs." + b"org", b"files.python" + b"hosted"]
+    if len(ROOT.parts) > 2:  # a clone in / or /tmp has a path that may well be somebody's word
+        unwanted.append(f"{ROOT}/".encode())
     for name in filter(None, tracked):
         path = ROOT / name.decode()
         if path.is_file() and path.suffix not in (".png", ".safetensors"):
