@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,21 +12,14 @@ from orchestrator.errors import ConfigError
 
 _SUFFIXES = (".py", ".toml", ".txt")
 _PACKAGES = ("jobs", "worker")
+INSTALLED = Path(__file__).resolve().parent.parent
+"""The folder that holds this package and the two it sends. A user's own `worker` on the import path is not ours."""
 _LOCK_WAIT_S = 60.0
 
 
 def sources() -> dict[str, bytes]:
-    """Every file of the installed `jobs` and `worker`, by its path; found without importing them."""
-    files: dict[str, bytes] = {}
-    for package in _PACKAGES:
-        found = importlib.util.find_spec(package)
-        assert found is not None
-        assert found.origin is not None
-        folder = Path(found.origin).parent
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
-                files[f"{package}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
-    return files
+    """Every file of our own `jobs` and `worker`, by its path: those beside this package, whatever else there is."""
+    return {f"{package}/{name}": data for package in _PACKAGES for name, data in _files(INSTALLED / package).items()}
 
 
 def digest(files: dict[str, bytes]) -> str:

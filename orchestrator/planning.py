@@ -151,10 +151,7 @@ def _check_expectation(params: dict[str, Any]) -> None:
 
 def _lock_digest() -> str | None:
     """SHA-256 of the lock file of the worker's packages that ships with this version."""
-    found = importlib.util.find_spec("worker")
-    assert found is not None
-    assert found.origin is not None
-    path = Path(found.origin).parent / "locks" / "worker.txt"
+    path = agents.INSTALLED / "worker" / "locks" / "worker.txt"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import spec
-from orchestrator import runs
+from orchestrator import agents, runs
 from orchestrator.errors import ConfigError, UsageError
 
 _DEADLINE_S = 3600.0
@@ -20,10 +19,7 @@ def rescore(what: str, task: str, completion: str, target: str) -> dict[str, Any
     """Every rule's verdicts over a run's rows or a file's lines; raises UsageError, ConfigError."""
     path = _rows_of(what)
     request = {"task": task, "path": str(path.absolute()), "completion": completion, "target": target}
-    found = importlib.util.find_spec("worker")
-    assert found is not None
-    assert found.origin is not None
-    words = [sys.executable, "-I", str(Path(found.origin).with_name("__main__.py")), "rescore"]
+    words = [sys.executable, "-I", str(agents.INSTALLED / "worker" / "__main__.py"), "rescore"]
     ran = subprocess.run(words, input=spec.canonical(request), capture_output=True, timeout=_DEADLINE_S, check=False)
     try:
         answer: dict[str, Any] = json.loads(ran.stdout)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs import durable, rows, rundir
-from orchestrator import advance, config, journey, planning
+from orchestrator import advance, agents, config, journey, planning
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from tests.conftest import until
@@ -229,3 +229,23 @@ def test_stop_waits_for_the_command_that_follows(counting_run: Callable[..., Run
     stopped = gpu("stop", run.run_id)
     assert "is stopped" in stopped.stdout, stopped.stdout + stopped.stderr
     assert child.wait(timeout=30) == 10
+
+
+def test_modules_of_the_user_are_never_run_instead_of_ours(
+    counting_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A project with its own `worker` package and `select.py`, on PYTHONPATH too, changes nothing and is not run."""
+    own = agents.digest(agents.sources())
+    script = "import sys; sys.path.insert(0, '.'); from orchestrator import agents as a; print(a.digest(a.sources()))"
+    for names in (["worker/__init__.py", "worker/__main__.py"], ["select.py", "contextlib.py"]):
+        for name in names:
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).write_text("open('was-run', 'w')\nraise SystemExit(99)\n", encoding="utf-8")
+        if "select.py" not in names:  # with those on its path no Python would start
+            seen = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+            assert seen.stdout.strip() == own
+    run = counting_run(count=5)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    follow(run)
+    assert run.record.state == "sealed"
+    assert not Path("was-run").exists()
