@@ -19,7 +19,7 @@ from orchestrator.errors import ConfigError, UsageError
 from orchestrator.runs import Record, Run
 
 WORKER_PACKAGES = ("torch", "transformers", "peft", "datasets")
-_PATHS = ("dataset", "model", "adapter", "chat_template")
+_PATHS = ("dataset", "shots_dataset", "model", "adapter", "chat_template")
 _WORDS = ("auto", "none", "tiny", "generated")
 """Values with a meaning of their own, even where a folder bears that name (write ./tiny for it)."""
 _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".jinja", ".jinja2", ".txt")

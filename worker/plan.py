@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rundir
+from jobs import durable, rundir, spec
 from worker import builtin, models, prompts, sources, tasks
 from worker.failures import BadRecord, ConfigFailure
 from worker.generators import Prompt, Sampling
@@ -43,6 +43,7 @@ class Prepared:
     findings: list[prompts.Finding]
     first_prompt: str
     dataset_digest: str
+    shots_digest: str | None
 
 
 def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) -> Prepared:
@@ -115,6 +116,7 @@ def _prepare(
         findings=prompts.check(rendered, renderer, _facts(request, renderer, sampling, params["samples"])),
         first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
         dataset_digest=records.digest,
+        shots_digest=_digest(shots) if shots else None,
     )
 
 
@@ -148,12 +150,21 @@ def _shots(params: dict[str, Any], task: Task) -> list[Example]:
     """The first examples of the training split, fixed: the same prefix for every prompt."""
     if not params["shots"]:
         return []
-    if sources.is_path(params["dataset"]):
+    if params["shots_dataset"]:
+        source = sources.Source(params["shots_dataset"], "train")
+    elif sources.is_path(params["dataset"]):
         raise ConfigFailure(
-            f"shots={params['shots']} needs a training split, and the file {params['dataset']} has none.",
-            "Use a dataset of the Hub, or shots=0.",
+            f"shots={params['shots']} needs worked examples, and the file {params['dataset']} has no training split.",
+            "Say where they are: --set shots_dataset=train.jsonl",
         )
-    return _examples(task, sources.load(_source(params, "train")))[: params["shots"]]
+    else:
+        source = _source(params, "train")
+    return _examples(task, sources.load(source))[: params["shots"]]
+
+
+def _digest(shots: list[Example]) -> str:
+    """What tells one set of worked examples from another."""
+    return hashlib.sha256(spec.canonical([(shot.problem, shot.solution) for shot in shots])).hexdigest()
 
 
 def _examples(task: Task, records: sources.Records) -> list[Example]:

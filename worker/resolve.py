@@ -62,6 +62,7 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         "adapter_digest": models.digest(request.adapter, None) if request.adapter else None,
         "template_digest": prepared.renderer.template_digest,
         "dataset_digest": prepared.dataset_digest,
+        "shots_digest": prepared.shots_digest,
         "engine": "hf",
         "dtype": str(models.choose_dtype(request.dtype, device)).removeprefix("torch."),
         **{name: prepared.params[name] for name in _SAMPLING},

@@ -100,3 +100,21 @@ def test_the_trained_model_travels_with_its_run(trained: None) -> None:
     assert done.returncode == 0, done.stderr
     assert durable.load_json(run.home.summary)["fingerprint"] == before
     assert not (planning.this_computer().root / "models").exists(), "nothing was trained"
+
+
+def test_worked_examples_come_from_where_they_are_said_to() -> None:
+    """`shots` puts the first k worked examples of `shots_dataset` before every prompt; without one, a file has none."""
+    Path("test.jsonl").write_text(PROBLEM.format(1, 3), encoding="utf-8")
+    solved = '{"question": "Ann has %d pens. How many?", "answer": "She has <<%d=%d>>%d pens.\\n#### %d"}\n'
+    Path("train.jsonl").write_text("".join(solved % ((n,) * 5) for n in range(5, 9)), encoding="utf-8")
+    words = ["run", "eval-gsm8k", "--dry-run", "--json", "--set", "dataset=test.jsonl", "--set", "shots=2"]
+    refused = gpu(*words)
+    assert refused.returncode == 3
+    assert "shots_dataset=train.jsonl" in refused.stderr
+    done = gpu(*words, "--set", "shots_dataset=train.jsonl")
+    assert done.returncode == 0, done.stderr
+    prompt = json.loads(done.stdout)["first_prompt"]
+    places = [prompt.index(words) for words in ("Ann has 5", "She has 5", "Ann has 6", "She has 6", "Tom has 1 apples")]
+    assert places == sorted(places)
+    assert "Ann has 7" not in prompt
+    assert "<<" not in prompt.split("\n", 1)[1]
