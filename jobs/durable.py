@@ -85,6 +85,11 @@ def replace_whole(path: Path, data: bytes, *, synced: bool = True) -> None:
         sync_folder(path.parent)
 
 
+def is_full(error: OSError) -> bool:
+    """Whether an effect failed because the disk, or this user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder that must not exist yet, durably; FileExistsError when it does."""
     os.mkdir(folder, 0o700)  # noqa: PTH102

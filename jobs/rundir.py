@@ -43,6 +43,11 @@ def may_come_home(name: str) -> bool:
     return parts == ["resolved.json"]
 
 
+def weights(folder: Path) -> list[Path]:
+    """The files of a folder of weights in the order they are copied: by name, the manifest last."""
+    return sorted(folder.iterdir(), key=lambda path: (path.name == MANIFEST, path.name))
+
+
 def file_sha256(path: Path, size: int | None = None) -> str:
     """SHA-256, in hex, of a file or of its first `size` bytes; ValueError when the file is shorter than that."""
     digest = hashlib.sha256()

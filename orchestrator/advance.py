@@ -93,7 +93,7 @@ def _resolved(run: Run) -> Iterator[tuple[str, Path]]:
         if copy.resolved.is_file():
             yield copy.resolved.name, copy.resolved
             for weights in copy.folders():
-                for path in sorted(weights.iterdir(), key=lambda path: (path.name == rundir.MANIFEST, path.name)):
+                for path in rundir.weights(weights):
                     yield f"{weights.name}/{path.name}", path
             return
 

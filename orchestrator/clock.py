@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timezone
+from datetime import datetime
+
+from jobs import times
 
 
 def now() -> str:
-    """The time as UTC, ISO 8601 with milliseconds."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """The time as every file of a run has it: UTC, ISO 8601."""
+    return times.now()
 
 
 def parse(text: str) -> datetime:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
@@ -30,9 +29,9 @@ class Arrivals:
         self.selections = self._reopen(home.selections, "selections.jsonl")
 
     @classmethod
-    def open(cls, home: rundir.Home, machine: str, wait_s: float = 0.0) -> Arrivals | None:
+    def open(cls, home: rundir.Home, machine: str) -> Arrivals | None:
         """Take the run's lock and make its folder whole; None when another process of ours follows the run."""
-        lock = locks.take(home.lock, wait_s)
+        lock = locks.take(home.lock)
         if lock is None:
             return None
         try:
@@ -210,7 +209,7 @@ def full_disk_said(home: rundir.Home) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not durable.is_full(error):
             raise
         raise HomeDiskFull(
             f"No space is left on the disk that holds {home.folder}. Rows counted so far are safe there; "

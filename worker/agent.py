@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs import durable, locks, rundir, spec
+from jobs import durable, locks, rundir, spec, times
 from worker import processes, supervisor
 
 CHUNK_BYTES = 1 << 20
@@ -122,7 +121,7 @@ def stop(run: rundir.Run, grace_s: float) -> Frame:
         if state.state != "running":
             return state_frame(run)
         attempt = run.attempt(state.attempt)
-        durable.save_json(attempt.stop, {"grace_s": grace_s, "asked_at": supervisor.now()})
+        durable.save_json(attempt.stop, {"grace_s": grace_s, "asked_at": times.now()})
     deadline = time.monotonic() + grace_s + _STOP_MARGIN_S
     while locks.is_held(run.run_lock) and time.monotonic() < deadline:
         time.sleep(_POLL_S / 4)
@@ -180,7 +179,7 @@ class Puller:
             for name in rundir.WHOLE:
                 sent |= self._send_whole(attempt.folder / name)
         for folder in self.run.folders():
-            for path in sorted(folder.iterdir(), key=lambda path: (path.name == rundir.MANIFEST, path.name)):
+            for path in rundir.weights(folder):
                 sent |= self._send_whole(path, _WEIGHTS_MAX_BYTES)
         return sent
 
@@ -258,7 +257,7 @@ def main(verb: str, words: list[str]) -> int:
     try:
         answer = _answer(verb, run, words[1:], source)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not durable.is_full(error):
             raise
         answer = {"error": "disk_full", "folder": str(run.folder)}
     out.write(json.dumps(answer).encode() + b"\n")

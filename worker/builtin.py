@@ -32,5 +32,5 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a folder of weights, manifest last: a folder without its manifest does not exist yet."""
     shutil.rmtree(target, ignore_errors=True)
     durable.make_folder(target)
-    for path in sorted(source.iterdir(), key=lambda path: (path.name == rundir.MANIFEST, path.name)):
+    for path in rundir.weights(source):
         durable.replace_whole(target / path.name, path.read_bytes())

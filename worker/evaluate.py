@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rows, rundir
+from jobs import durable, rows, rundir, times
 from worker import facts, models, plan, resolve, selecting
 from worker.expectation import Watch
 from worker.generators import Completion, Generator
@@ -47,7 +47,7 @@ def completions(
         return
     progress.phase("loading the model")
     generator = engine(prepared)
-    durable.save_json(attempt.env, {**facts.environment(), "generating_since": resolve.now()})
+    durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
     progress.phase("generating")
     prompts = (item.prompt for item in todo.values())
     for prompt, completion in generator.generate(prompts, prepared.sampling):
@@ -91,7 +91,7 @@ def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> row
         "tokens_out": completion.tokens_out,
         "target": item.example.target,
         "seed": item.prompt.seed,
-        "at": resolve.now(),
+        "at": times.now(),
     }
     if completion.error:
         return {**row, "answer": None, "score": None, "answers": {}, "scores": {}}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs import rundir
 from worker.failures import ConfigFailure
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -220,11 +221,7 @@ def _size_and_sha256(path: Path) -> tuple[int, str]:
 @functools.cache
 def _file_sha256(path: Path, _size: int, _modified_ns: int) -> str:
     """The file's SHA-256; a file that has not changed is read once, as weights take seconds per gigabyte."""
-    summed = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            summed.update(piece)
-    return summed.hexdigest()
+    return rundir.file_sha256(path)
 
 
 def _commit(name: str, revision: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime, timezone
 from typing import Any
 
 from jobs import durable, rundir, spec
@@ -12,11 +11,6 @@ from worker.failures import FingerprintChanged
 from worker.plan import Prepared
 
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", "instruction", "split")
-
-
-def now() -> str:
-    """The time as UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:

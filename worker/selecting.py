@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jobs import rows, rundir
-from worker import resolve
+from jobs import rows, rundir, times
 from worker.plan import Prepared
 from worker.reranker import Reranker, RerankerError
 
@@ -53,7 +52,7 @@ def _choice(key: str, problem: str, candidates: list[rows.Row], reranker: Rerank
         "samples": [candidate["sample_index"] for candidate in candidates],
         "scores": None,
         "sample_index": None,
-        "at": resolve.now(),
+        "at": times.now(),
     }
     try:
         scores = reranker.scores(problem, [candidate["completion"] for candidate in candidates])

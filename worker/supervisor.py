@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,11 +14,10 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks, rows, rundir
+from jobs import durable, locks, rows, rundir, times
 from worker import processes
 
 ATTEMPTS_MAX = 50
@@ -34,11 +32,6 @@ _HEARTBEAT_S = 1.0
 _LOCK_WAIT_S = 5.0
 _TAIL_BYTES = 2000
 _PACE_S = 60.0
-
-
-def now() -> str:
-    """The time as UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,7 @@ class Supervisor:
         _kill_group(worker)
         left = processes.sweep()
         progress.update()
-        return self._seal(attempt, worker.returncode, progress.good, left)
+        return self._seal(attempt, worker.returncode, progress, left)
 
     def _spawn(self, attempt: rundir.Attempt) -> subprocess.Popen[bytes]:
         me = os.getpid()
@@ -189,7 +182,7 @@ class Supervisor:
 
     def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
         """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
-        said = _load_progress(attempt)
+        said = durable.load_news(attempt.progress)
         rate = progress.rows_per_second()
         before, total = said.get("rows_before", 0), said.get("rows_total")
         left = None if total is None else max(total - before - progress.rows, 0)
@@ -202,7 +195,7 @@ class Supervisor:
             "rows_synced": before + said.get("rows_synced", 0),
             "rows_per_second": rate,
             "eta_s": None if left is None or not rate else round(left / rate, 1),
-            "heartbeat": now(),
+            "heartbeat": times.now(),
         }
         with contextlib.suppress(OSError):
             durable.save_json(attempt.status, document, synced=False)
@@ -212,18 +205,18 @@ class Supervisor:
         self.run.reserve.unlink(missing_ok=True)
         durable.have_folder(attempt.folder)
         durable.save_json(self.run.current, {"attempt": attempt.number})
-        kind = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "config"
+        kind = "disk_full" if durable.is_full(error) else "config"
         outcome = _outcome(
             "failed", kind, f"The worker could not be started: {error}.", "Mend that, then resume the run."
         )
-        seal = rundir.Seal(attempt.number, None, None, files=dict(_digests(attempt)), ended_at=now(), **outcome)
+        seal = rundir.Seal(attempt.number, None, None, files=dict(_digests(attempt)), ended_at=times.now(), **outcome)
         durable.save_json(attempt.exit, seal.document())
         return seal
 
-    def _seal(self, attempt: rundir.Attempt, code: int, good: int, left: list[int]) -> rundir.Seal:
+    def _seal(self, attempt: rundir.Attempt, code: int, progress: Progress, left: list[int]) -> rundir.Seal:
         """Judge how the worker ended, and write that down durably, last of all."""
         said = durable.load_json(attempt.failure) or {}
-        outcome = self._judge(attempt, code, good, said)
+        outcome = self._judge(attempt, code, progress.good, said)
         if left:
             outcome["message"] += f" Processes that would not die: {left}."
         seal = rundir.Seal(
@@ -231,10 +224,10 @@ class Supervisor:
             code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             files=dict(_digests(attempt)),
-            ended_at=now(),
+            ended_at=times.now(),
             **outcome,
         )
-        self._save_status(attempt, _counted(attempt), "ended")
+        self._save_status(attempt, progress, "ended")
         try:
             durable.save_json(attempt.exit, seal.document())
         except OSError:  # the disk is full: let the reserve go, which is what it is for
@@ -286,16 +279,6 @@ def announce_ready() -> None:
 
 def _outcome(reason: str, kind: str = "", message: str = "", hint: str = "") -> dict[str, Any]:
     return {"reason": reason, "kind": kind, "message": message, "hint": hint, "restarting": False}
-
-
-def _load_progress(attempt: rundir.Attempt) -> dict[str, Any]:
-    return durable.load_news(attempt.progress)
-
-
-def _counted(attempt: rundir.Attempt) -> Progress:
-    progress = Progress(attempt.rows)
-    progress.update()
-    return progress
 
 
 def _digests(attempt: rundir.Attempt) -> Iterator[tuple[str, dict[str, Any]]]:

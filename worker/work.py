@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import json
 import os
@@ -37,7 +36,7 @@ def main(folder: str, number: int) -> int:
     except WorkerFailure as failure:
         return _give_up(run, attempt, failure)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not durable.is_full(error):
             raise
         return _give_up(run, attempt, _disk_full(run))
     return 0
