@@ -9,13 +9,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+_STORE = ("have", "missing", "take", "adopt", "keep", "stage", "view", "project")
+
+
 def main(words: list[str]) -> int:
-    """Do what the first word says: put, start, state, pull, stop, supervise, work, check, rescore or rerank."""
+    """Do what the first word says; what the laptop may ask for comes first, then what is started here."""
     verb, *rest = words
     if verb in ("put", "start", "state", "pull", "stop"):
         from worker import agent
 
         return agent.main(verb, rest)
+    if verb in _STORE:
+        from worker import store
+
+        return store.main(verb, rest)
+    if verb in ("environment", "build", "fetch", "imports"):
+        from worker import environments
+
+        return environments.main(verb, rest)
+    if verb == "exec":
+        from worker import execute
+
+        return execute.main(rest)
     if verb == "supervise":
         from worker import supervisor
 
