@@ -211,6 +211,7 @@ class Home:
         self.selections = folder / "selections.jsonl"
         self.summary = folder / "summary.json"
         self.report = folder / "report.html"
+        self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
 
     def machine(self, name: str) -> Run:
         """Verified copies of what the machine of that name wrote; the same file names as there."""

@@ -6,20 +6,25 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
 """Version of job.json."""
-STORIES = ("evaluate",)
+STORIES = ("evaluate", "command")
 """What a worker can do; each is a module of that name on the machine side."""
+ENVIRONMENTS = ("train", "serve", "none")
+"""Environments a machine makes for jobs; `none` for commands that need no Python of ours."""
+PYTHONS = ("python", "python3", "pip", "torchrun", "accelerate", "hf")
+"""Programs that an environment brings: a command that begins with one of them gets the environment made."""
 TYPES = ("text", "integer", "number", "flag")
 CATALOG = Path(__file__).parent / "catalog"
 _COMMON = Path(__file__).parent / "common" / "parameters.toml"
+_PLACE = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_TOP_KEYS = ("name", "summary", "story", "task", "needs", "parameters")
+_TOP_KEYS = ("name", "summary", "story", "task", "command", "environment", "needs", "out", "parameters")
 _PARAMETER_KEYS = ("type", "default", "help", "min", "max", "choices", "words")
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 Value = Any
@@ -118,14 +123,20 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Job:
-    """A job definition: what it does, its parameters by name, and the files it needs."""
+    """A job definition: what it does, its parameters by name, the files it needs and those it makes."""
 
     name: str
     summary: str
     story: str
     task: str | None
     needs: tuple[str, ...]
+    """Files and folders of the project that travel whatever the ignore rules say."""
     parameters: Mapping[str, Parameter]
+    command: tuple[str, ...] = ()
+    """Of the story `command`: its words; `{name}` in one stands for the parameter of that name."""
+    out: tuple[str, ...] = ()
+    """Patterns of the files that come home."""
+    environment: str = "train"
 
     def fill(self, settings: Mapping[str, str]) -> dict[str, Value]:
         """Every parameter's value: as set by `key=value` words, else the default; SpecError names all faults."""
@@ -144,12 +155,22 @@ class Job:
             raise SpecError("; ".join(faults))
         return values
 
+    def words(self, params: Mapping[str, Value]) -> list[str]:
+        """The words of its command, each `{name}` replaced by that parameter's value."""
+        texts = {f"{{{name}}}": "" if value is None else str(value) for name, value in params.items()}
+        return [_PLACE.sub(lambda found: texts.get(found[0], found[0]), word) for word in self.command]
+
+
+def needs_python(words: Sequence[str]) -> bool:
+    """Whether a command begins with a program that only an environment brings for sure."""
+    return bool(words) and (words[0] in PYTHONS or re.fullmatch(r"python3\.[0-9]+", words[0]) is not None)
+
 
 def load(path: Path) -> Job:
     """The job a TOML file defines; raises SpecError naming the file and what is at fault. Laptop only (tomllib)."""
     document = _load_toml(path)
     try:
-        job = _job(document, _load_toml(_COMMON))
+        job = _job(document, _load_toml(_COMMON), path.stem)
         if job.name != path.stem:
             raise SpecError(f"its name {job.name!r} is not that of the file")
     except SpecError as error:
@@ -183,7 +204,28 @@ def _load_toml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _job(document: dict[str, Any], common: dict[str, Any]) -> Job:
+def _job(document: dict[str, Any], common: dict[str, Any], stem: str) -> Job:
+    document = {"name": stem, **document}
+    if "command" in document:
+        document = {"story": "command", "summary": "A command of this project", **document}
+    _check_top(document)
+    parameters = [_parameter(name, given, common) for name, given in document.get("parameters", {}).items()]
+    command = tuple(document.get("command", ()))
+    return Job(
+        name=document["name"],
+        summary=document["summary"],
+        story=document["story"],
+        task=document.get("task"),
+        needs=tuple(document.get("needs", ())),
+        parameters={parameter.name: parameter for parameter in parameters},
+        command=command,
+        out=tuple(document.get("out", ())),
+        environment=document.get("environment", "train" if not command or needs_python(command) else "none"),
+    )
+
+
+def _check_top(document: dict[str, Any]) -> None:
+    """Raise SpecError for a key that is unknown, missing, or of the wrong type."""
     for key in document:
         if key not in _TOP_KEYS:
             raise SpecError(f"unknown key {key!r}: {nearest(key, _TOP_KEYS)}")
@@ -192,21 +234,19 @@ def _job(document: dict[str, Any], common: dict[str, Any]) -> Job:
             raise SpecError(f"{key!r} is missing or not text")
     if not _NAME.fullmatch(document["name"]):
         raise SpecError(f"name {document['name']!r} must be small letters, digits and dashes")
-    if not isinstance(document.get("task", ""), str) or not _texts(document.get("needs", [])):
-        raise SpecError("'task' must be text, and 'needs' a list of texts")
+    if not isinstance(document.get("task", ""), str):
+        raise SpecError("'task' must be text")
+    for key in ("needs", "out", "command"):
+        if not _texts(document.get(key, [])):
+            raise SpecError(f"{key!r} must be a list of texts")
     if document["story"] not in STORIES:
         raise SpecError(f"unknown story {document['story']!r}: {nearest(document['story'], STORIES)}")
+    if (document["story"] == "command") is not bool(document.get("command")):
+        raise SpecError("'command' and the story `command` belong together, and a command has at least one word")
+    if document.get("environment", "train") not in ENVIRONMENTS:
+        raise SpecError(f"unknown environment: {nearest(str(document['environment']), ENVIRONMENTS)}")
     if not isinstance(document.get("parameters", {}), dict):
         raise SpecError("'parameters' is not a table")
-    parameters = [_parameter(name, given, common) for name, given in document.get("parameters", {}).items()]
-    return Job(
-        name=document["name"],
-        summary=document["summary"],
-        story=document["story"],
-        task=document.get("task"),
-        needs=tuple(document.get("needs", ())),
-        parameters={parameter.name: parameter for parameter in parameters},
-    )
 
 
 def _parameter(name: str, given: Any, common: dict[str, Any]) -> Parameter:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jobs import rundir, spec
-from orchestrator import clock, config, follow, summary, transport
-from orchestrator.errors import ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
+from orchestrator import clock, config, delivery, follow, machines, summary, transport
+from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import ENDED, Run
 from orchestrator.transport import Machine
 
+GRACE_S = 10.0
+"""How long a worker gets to sync its rows when nobody says otherwise."""
 _PULLS_MAX = 3
 """An ended run is whole after one pull; more than this many mean that something is wrong with it."""
 
@@ -27,39 +30,35 @@ def carry_home(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> No
 def advance(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     """Do the one next step. Dying anywhere in it is mended by doing it again."""
     if run.record.state == "planned":
-        push(run, machine)
+        push(run, machine, news)
     elif run.record.state == "pushed":
         start(run, machine, arrivals)
     elif run.record.state == "running":
         bring_home(run, machine, arrivals, news)
 
 
-def push(run: Run, machine: Machine) -> None:
-    """Have the run's worker code and what is known from earlier machines on this one."""
+def push(run: Run, machine: Machine, news: News) -> None:
+    """Have on the machine what the run needs there: the worker's code, an environment, and the files it takes along."""
     machine.push_agent(config.state_folder() / "agents", run.record.agent)
-    run.save(state="pushed")
+    place = delivery.deliver(run, machine, lambda words: news({"say": words}, b""))
+    attempt = _state(run, machine)["attempt"] if run.record.former else run.record.attempt
+    run.save(state="pushed", attempt=attempt, place=asdict(place))
 
 
 def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
     """Start the next attempt; asked twice, or by two, it starts once."""
-    if run.record.attempt == 0:
+    if run.record.attempt == 0 or run.record.former:
         _put(run, machine)
-    order = {
-        "expect_attempt": run.record.attempt,
-        "python": run.record.python,
-        "agent": str(machine.root / "agent" / run.record.agent),
-        "cwd": run.record.cwd,
-        "env": config.job_environment(),
-    }
     words = transport.agent_words(machine, run.record.agent, "start", run.run_id)
-    answer = transport.ask(machine, words, spec.canonical({"job": run.job(), "order": order}))
+    request = {"job": delivery.job_there(run, machine), "order": _order(run, machine)}
+    answer = transport.ask(machine, words, spec.canonical(request))
     if answer.get("error") == "conflict":
         raise ConfigError(f"{machine.name} holds another run under the id {run.run_id}.", "Start it anew: gpu run …")
     if not {"started", "state", "attempt"} <= answer.keys():
-        raise NotReachable(f"{machine.name} answered the start of {run.run_id} with {str(answer)[:200]}.")
+        raise BadAnswer(f"{machine.name} answered the start of {run.run_id} with {str(answer)[:200]}.")
     if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
         arrivals.machine_lost_its_folder()
-        run.save(attempt=answer["attempt"])
+        run.save(attempt=answer["attempt"], state="planned")
         return
     if answer["started"] and answer["state"] != "running" and answer["attempt"] == run.record.attempt:
         raise JobFailed(
@@ -68,6 +67,29 @@ def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
             f"Mend that, then: gpu resume {run.run_id}",
         )
     run.save(state="running", started_at=run.record.started_at or clock.now(), finished_at=None, failure={})
+
+
+def _order(run: Run, machine: Machine) -> dict[str, Any]:
+    """What the supervisor is told; secrets are in it, so it only ever travels on standard input."""
+    record = run.record
+    is_command = run.job()["story"] == "command"
+    return {
+        "expect_attempt": record.attempt,
+        "python": machine.python if is_command else record.place["python"],
+        "agent": str(machine.root / "agent" / record.agent),
+        "cwd": record.place["cwd"],
+        "env": config.job_environment(record.env_names, everything=machine.name == machines.LOCAL),
+        "inherit": machine.name != machines.LOCAL,
+        "path_first": record.place["path_first"],
+        "gpus": record.gpus,
+        "queue": record.queue,
+        "restarts": not is_command,
+    }
+
+
+def _state(run: Run, machine: Machine) -> dict[str, Any]:
+    """Where the run stands on a machine."""
+    return transport.ask(machine, transport.agent_words(machine, run.record.agent, "state", run.run_id))
 
 
 def _put(run: Run, machine: Machine) -> None:
@@ -98,10 +120,10 @@ def _resolved(run: Run) -> Iterator[tuple[str, Path]]:
             return
 
 
-def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_s: float = follow.POLL_S) -> None:
     """Follow until the run has ended and all of it is here; then say how it ended and sum it up."""
     for _ in range(_PULLS_MAX):
-        end = follow.follow(run, machine, arrivals, news)
+        end = follow.follow(run, machine, arrivals, news, poll_s)
         settle(run, arrivals, end)
         if run.record.state != "running":
             return
@@ -168,11 +190,34 @@ def raise_if_not_done(run: Run) -> None:
         return
     kinds: dict[str, type[GpuError]] = {
         "config": ConfigError,
-        "disk_full": HomeDiskFull if run.record.machine == "local" else JobFailed,
+        "busy": ConfigError,
+        "disk_full": HomeDiskFull if run.record.machine == machines.LOCAL else JobFailed,
         "lost": WorkerLost,
     }
     hint = failure["hint"] or f"Carry on with what is missing: gpu resume {run.run_id}"
     raise kinds.get(failure["kind"], JobFailed)(failure["message"], hint)
+
+
+def move(run: Run, target: str, *, settled: bool) -> None:
+    """Have the next attempt on another machine; what the old one may still make is remembered until it is home."""
+    record = run.record
+    former = [entry for entry in record.former if entry["machine"] not in (target, record.machine)]
+    former.append({"machine": record.machine, "settled": settled})
+    run.save(machine=target, former=former, state="planned", attempt=0, failure={}, finished_at=None)
+
+
+def gather(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    """Merge what a machine that the run has left made late, and stop it there if it still runs."""
+    if _state(run, machine)["state"] == "running":
+        stop(run, machine, GRACE_S)
+    end = follow.pull(run, machine, arrivals, follow.NOW, news)
+    seal = _seal(end)
+    if "cut" in end or end["state"] == "running" or (seal and not arrivals.is_complete(seal)):
+        return  # asked again the next time
+    former = [{**entry, "settled": True} if entry["machine"] == machine.name else entry for entry in run.record.former]
+    run.save(former=former)
+    if run.record.state in ENDED:
+        summary.write(run)
 
 
 def stop(run: Run, machine: Machine, grace_s: float) -> dict[str, Any]:
@@ -188,7 +233,7 @@ def document(run: Run) -> dict[str, Any]:
         "run_id": record.run_id,
         "job": record.job,
         "machine": record.machine,
-        "state": record.state,
+        "state": "queued" if record.state == "running" and record.phase == "queued" else record.state,
         "rows_done": record.rows_done,
         "rows_total": record.rows_total,
         "rows_synced": record.rows_synced,
@@ -196,6 +241,6 @@ def document(run: Run) -> dict[str, Any]:
         "started_at": record.started_at,
         "finished_at": record.finished_at,
         "cost_usd": 0.0,
-        "reachable": True if record.machine == "local" else None,
+        "reachable": True if record.machine == machines.LOCAL else machines.news(record.machine).get("reachable"),
         "last_seen": record.last_seen,
     }

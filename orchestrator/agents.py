@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import struct
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,19 @@ def kept(store: Path, name: str) -> dict[str, bytes]:
             "Carry on with today's code instead: gpu resume RUN --new-code",
         )
     return files
+
+
+def unpacker() -> str:
+    """The program that a machine with nothing of ours is given to run, as text: see worker/unpack.py."""
+    return (INSTALLED / "worker" / "unpack.py").read_text(encoding="utf-8")
+
+
+def packed(store: Path, name: str) -> bytes:
+    """A snapshot as the unpacker reads it: for each file the lengths of name and content, 32 bits each, then both."""
+    return b"".join(
+        struct.pack(">II", len(path.encode()), len(data)) + path.encode() + data
+        for path, data in kept(store, name).items()
+    )
 
 
 def write(files: dict[str, bytes], folder: Path) -> None:

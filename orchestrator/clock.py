@@ -21,3 +21,8 @@ def parse(text: str) -> datetime:
 def monotonic() -> float:
     """Seconds that never go back."""
     return time.monotonic()
+
+
+def timestamp() -> float:
+    """Seconds since 1970, UTC: for what is compared across processes."""
+    return time.time()

@@ -41,6 +41,18 @@ def results_folder() -> Path:
     return Path.cwd() / "results"
 
 
-def job_environment() -> dict[str, str]:
-    """The environment a job on this computer gets: this one's, without account keys."""
-    return {name: value for name, value in os.environ.items() if name not in _PRIVATE}
+def job_environment(names: list[str], *, everything: bool) -> dict[str, str]:
+    """What a job gets of this environment: all of it on this computer, else HF_TOKEN and what was named.
+
+    Never an account key. Raises ConfigError when a name is not set here, or is that of an account key.
+    """
+    if private := [name for name in names if name in _PRIVATE]:
+        raise ConfigError(f"--env {', '.join(private)}: account keys are never handed to a job. Nothing was started.")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"--env {', '.join(missing)}: not set in this environment. Nothing was started.",
+            f"Set it, for example: export {missing[0]}=…",
+        )
+    wanted = os.environ if everything else {"HF_TOKEN", *names}
+    return {name: value for name, value in os.environ.items() if name in wanted and name not in _PRIVATE}

@@ -3,7 +3,9 @@
 GpuError
 ├── UsageError          2  what was typed is wrong
 ├── ConfigError         3  what it points to is wrong: a file, a setting, an account
+│   └── HostKeyChanged  3  another host answers at a machine's address; nothing was sent
 ├── NotReachable        5  the machine does not answer; nothing is known to be lost
+│   └── BadAnswer       5  it answers, but not as our agent does; asking again at once is no use
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
 ├── JobFailed          10  the job ended without being done
 └── HomeDiskFull        1  this computer's disk is full
@@ -46,6 +48,14 @@ class NotReachable(GpuError):
 
     exit_code = 5
     usual_hint = "The run may go on there by itself. Look where it stands: gpu runs. Carry on: gpu resume RUN"
+
+
+class HostKeyChanged(ConfigError):
+    """Another host key than the pinned one: another machine, or someone between. Nothing was sent."""
+
+
+class BadAnswer(NotReachable):
+    """The machine answers with something else than an answer of our agent; asking again at once is no use."""
 
 
 class WorkerLost(GpuError):

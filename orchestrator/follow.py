@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from jobs import durable, spec
-from orchestrator import clock, transport
-from orchestrator.errors import NotReachable
+from orchestrator import clock, machines, transport
+from orchestrator.errors import BadAnswer, NotReachable
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
 
 STREAM_S = 60.0
 """How long one pull keeps sending before a new one takes over."""
+POLL_S = 2.0
+"""How often the machine looks for new rows while a run is followed: each look costs both sides a sync."""
+QUICK_POLL_S = 0.2
+"""The same for `gpu logs -f`, where somebody looks."""
 CUTS_MAX = 5
-"""Pulls in a row that may be cut off before it is said that something is wrong."""
-_PAUSE_S = 0.5
+"""Answers in a row that are none of our agent's, before it is said that something is wrong."""
+_BACK_OFF_S = (0.2, 1.0, 2.0, 5.0, 10.0)
 RECORD_S = 1.0
 """How often run.json is brought up to date while following."""
 
 
-def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: News) -> dict[str, Any]:
-    """One pull: bring home what is new for up to `wait_s` seconds; returns the end frame, `{cut}` when it was cut."""
+@dataclass(frozen=True)
+class Pace:
+    """How long a pull goes on, and how often the machine looks for something new."""
+
+    wait_s: float
+    poll_s: float = POLL_S
+
+
+NOW = Pace(0.0, QUICK_POLL_S)
+"""What there is now, without waiting."""
+
+
+def pull(run: Run, machine: Machine, arrivals: Arrivals, pace: Pace, news: News) -> dict[str, Any]:
+    """One pull: bring home what is new for up to `pace.wait_s`; returns the end frame, `{cut}` when it was cut."""
     words = transport.agent_words(machine, run.record.agent, "pull", run.run_id)
-    request = spec.canonical(arrivals.request(wait_s)) + b"\n"
+    request = spec.canonical({**arrivals.request(pace.wait_s), "poll_s": pace.poll_s}) + b"\n"
     recorded_at = clock.monotonic()
     with machine.open(words, request) as stream:
         for frame, data in transport.frames(stream):
             if frame.get("end"):
+                machines.note(machine.name, True)
                 note(run, arrivals)
                 return frame
             arrivals.take(frame, data)
@@ -40,32 +58,67 @@ def pull(run: Run, machine: Machine, arrivals: Arrivals, wait_s: float, news: Ne
     return {"cut": said}
 
 
-def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> dict[str, Any]:
+def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_s: float = POLL_S) -> dict[str, Any]:
     """Pull until the run is not running any more; returns the end frame that says how it stands.
 
-    Raises NotReachable when pulls are cut off again and again.
+    A machine that does not answer is asked again for `machine.patience_s`, which is said (`{unreachable}`), and so is
+    its coming back (`{reachable}`). Raises NotReachable when it stays away.
     """
-    cuts = 0
+    trouble = _Trouble(machine, news)
     while True:
-        end = pull(run, machine, arrivals, STREAM_S, news)
+        try:
+            end = pull(run, machine, arrivals, Pace(STREAM_S, poll_s), trouble.over)
+        except NotReachable as error:
+            trouble.take(error)
+            continue
         if end.get("state", "running") != "running":
             return end
-        cuts = cuts + 1 if "cut" in end else 0
-        if cuts == CUTS_MAX:
-            raise cut(run, machine, end)
-        time.sleep(_PAUSE_S * cuts)
+        if "cut" in end:
+            trouble.take(cut(run, machine, end))
+
+
+class _Trouble:
+    """Counts how long and how often a machine did not answer, waits longer each time, and gives up in the end."""
+
+    def __init__(self, machine: Machine, news: News) -> None:
+        self.machine = machine
+        self.news = news
+        self.tries = 0
+        self.began_at = 0.0
+
+    def over(self, frame: dict[str, Any], data: bytes) -> None:
+        """Pass a frame on: whatever was wrong is over."""
+        if self.tries:
+            self.tries = 0
+            machines.note(self.machine.name, True)
+            self.news({"reachable": self.machine.name}, b"")
+        self.news(frame, data)
+
+    def take(self, error: NotReachable) -> None:
+        """Wait before the next try; raises the error when there is to be none."""
+        if not self.tries:
+            self.began_at = clock.monotonic()
+            machines.note(self.machine.name, False)
+            self.news({"unreachable": error.message}, b"")
+        self.tries += 1
+        gone_s = clock.monotonic() - self.began_at
+        if gone_s > self.machine.patience_s or (isinstance(error, BadAnswer) and self.tries >= CUTS_MAX):
+            raise error
+        time.sleep(_BACK_OFF_S[min(self.tries, len(_BACK_OFF_S)) - 1])
 
 
 def cut(run: Run, machine: Machine, end: dict[str, Any]) -> NotReachable:
-    """The error for a pull that ended in the middle."""
+    """The error for a pull that ended in the middle; one whose agent complained is no use to repeat for long."""
     why = f" Its last words: {end['cut']}" if end["cut"] else ""
-    return NotReachable(f"A pull of {run.run_id} from {machine.name} ended in the middle.{why}")
+    kind = BadAnswer if end["cut"] else NotReachable
+    return kind(f"A pull of {run.run_id} from {machine.name} ended in the middle.{why}")
 
 
 def note(run: Run, arrivals: Arrivals) -> None:
     """Bring run.json up to date with what is home."""
     changes: dict[str, Any] = {"rows_home": arrivals.rows.good, "rows_damaged": arrivals.rows.corrupt}
-    attempts = arrivals.copy.attempts()
+    is_current = arrivals.copy.folder.name == run.record.machine
+    attempts = arrivals.copy.attempts() if is_current else []
     status = durable.load_news(attempts[-1].status) if attempts else {}
     if status:
         done = status.get("rows_done")

@@ -1,12 +1,13 @@
-"""One run from one command: take its lock, advance it until it is home, or wait for the process that already does."""
+"""One run from one command: take its lock, advance it until it is home, move it, or wait for who already does."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from orchestrator import advance, clock, follow, planning
-from orchestrator.errors import NotReachable
+from orchestrator import advance, clock, follow, machines, planning
+from orchestrator.errors import GpuError, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
 from orchestrator.runs import ENDED, Run
 from orchestrator.transport import Machine
@@ -32,36 +33,109 @@ def go(run: Run, news: News, idle: Callable[[float], None], step: Step = advance
         time.sleep(_POLL_S)
 
 
-def set_off(run: Run) -> None:
+def set_off(run: Run, news: News) -> None:
     """Advance the run until it runs, and leave it to itself; one that another process follows is left to that."""
     while run.record.state in ("planned", "pushed"):
-        if not _taken(run, _unseen, advance.advance):
+        if not _taken(run, news, advance.advance):
             run.reload()
             time.sleep(_POLL_S)
 
 
-def reopen(run: Run, new_code: bool) -> None:
-    """Look where the run stands now; if it has ended without being done, let it be started once more."""
+@dataclass(frozen=True)
+class Wish:
+    """How a run is to be carried on."""
+
+    machine: str | None = None
+    """Where; None: where it was."""
+    take_over: bool = False
+    queue: bool | None = None
+    new_code: bool = False
+
+
+def carry_on(run: Run, wish: Wish) -> None:
+    """Look where the run stands now; if it has ended without being done, let it be started once more, as wished."""
 
     def look_and_reopen(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
         _look(run, machine, arrivals, news)
-        if new_code and run.record.state != "running":
+        if wish.new_code and run.record.state != "running":
             planning.take_new_code(run)
+        if wish.queue is not None:
+            run.save(queue=wish.queue)
         advance.again(run)
 
-    if not _taken(run, _unseen, look_and_reopen):
+    gather(run)
+    if wish.machine is not None and machines.choose(wish.machine) != run.record.machine:
+        move(run, wish.machine, wish.take_over)
+    elif not _taken(run, _unseen, look_and_reopen):
         run.reload()
+
+
+def move(run: Run, target: str, take_over: bool) -> None:
+    """Have the run go on, on another machine: what the old one made is home, or it is given up on purpose.
+
+    Raises UsageError while it runs there, and NotReachable when that cannot be known: unreachable is not dead.
+    """
+
+    def leave(run: Run, machine: Machine, arrivals: Arrivals, _: News) -> None:
+        surely = _is_over(run, machine, arrivals, take_over)
+        advance.again(run)
+        if run.record.state not in ENDED:  # a sealed run stays where it is
+            advance.move(run, target, settled=surely)
+
+    if not _taken(run, _unseen, leave):
+        raise UsageError(
+            f"Process {follower(run)} follows {run.run_id}. Nothing was changed.",
+            f"End that first (Ctrl-C there, or kill {follower(run)}), then again.",
+        )
+
+
+def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) -> bool:
+    """Whether the run surely does not run on its machine any more; stops it there when it is to be taken over."""
+    try:
+        _look(run, machine, arrivals, _unseen)
+        if run.record.state == "running" and take_over:
+            advance.stop(run, machine, advance.GRACE_S)
+            _look(run, machine, arrivals, _unseen)
+    except NotReachable as error:
+        if not take_over:
+            raise NotReachable(
+                f"{error.message} {run.run_id} may still run on {machine.name}: unreachable is not dead. Nothing was "
+                "started.",
+                f"If that machine is surely gone: gpu resume {run.run_id} --on … --take-over. What it still made "
+                "comes home when it answers again.",
+            ) from None
+        run.save(state="lost", finished_at=clock.now())
+        return False
+    if run.record.state == "running":
+        raise UsageError(
+            f"{run.run_id} runs on {machine.name}. Nothing was changed.",
+            f"Stop it first (gpu stop {run.run_id}), or have that done: --take-over",
+        )
+    return True
 
 
 def refresh(run: Run) -> None:
     """Bring home what there is now and take over how the run stands, unless another process is doing that."""
+    gather(run)
     if not _taken(run, _unseen, _look):
         run.reload()
 
 
+def gather(run: Run) -> None:
+    """Bring home what machines the run has left behind made late; one that still works on it is stopped.
+
+    A machine that does not answer is asked again the next time: its rows are merged whenever they come.
+    """
+    for former in run.record.former:
+        if not former["settled"]:
+            try:
+                _taken(run, _unseen, advance.gather, former["machine"])
+            except GpuError:
+                continue
+
+
 def stop(run: Run, grace_s: float) -> None:
     """Stop the run where it runs, bring the last of it home, and record it, together with whoever follows the run."""
-    machine = planning.this_computer()
     asked_at: float | None = None
 
     def end(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
@@ -71,16 +145,18 @@ def stop(run: Run, grace_s: float) -> None:
         if run.record.state in ("planned", "pushed"):  # what had not begun will not
             run.save(state="stopped", finished_at=clock.now())
 
+    gather(run)
     while run.record.state not in ENDED:
         if run.record.state != "planned":
-            advance.stop(run, machine, grace_s)
+            with machines.at(run.record.machine) as machine:
+                advance.stop(run, machine, grace_s)
         asked_at = asked_at or clock.monotonic()
         if not _taken(run, _unseen, end):
             run.reload()
             if clock.monotonic() > asked_at + _PATIENCE_S:
                 raise NotReachable(
-                    f"{run.run_id} is stopped on {machine.name}, but process {follower(run)} holds its folder here "
-                    "and does not go on.",
+                    f"{run.run_id} is stopped on {run.record.machine}, but process {follower(run)} holds its folder "
+                    "here and does not go on.",
                     f"Wake it up or end it (kill {follower(run)}), then: gpu pull {run.run_id}",
                 )
             time.sleep(_POLL_S)
@@ -91,23 +167,29 @@ def follower(run: Run) -> str:
     return run.home.lock.read_text(encoding="ascii", errors="replace").strip() or "unknown"
 
 
-def _taken(run: Run, news: News, step: Step) -> bool:
-    """Take a step under the run's lock, from the record as it stands then; False when another process holds it."""
-    machine = planning.this_computer()
+def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
+    """Take a step under the run's lock, from the record as it stands then; False when another process holds it.
+
+    On the machine the run is on, or on the one named, which it has left behind.
+    """
     with full_disk_said(run.home):
-        arrivals = Arrivals.open(run.home, run.record.machine)
+        arrivals = Arrivals.open(run.home, name or run.record.machine)
         if arrivals is None:
             return False
         with arrivals:
+            before = run.record.machine
             run.reload()
-            step(run, machine, arrivals, news)
+            if run.record.machine != before:  # another process moved it just now
+                return False
+            with machines.at(name or run.record.machine) as machine:
+                step(run, machine, arrivals, news)
     return True
 
 
 def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     """Bring home what there is and take over how the run stands, without waiting for its end."""
     if run.record.state in ("pushed", "running"):
-        end = follow.pull(run, machine, arrivals, 0.0, news)
+        end = follow.pull(run, machine, arrivals, follow.NOW, news)
         if "cut" in end:
             raise follow.cut(run, machine, end)
         advance.settle(run, arrivals, end)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import sys
 from collections.abc import Callable
 
 from jobs import rundir
-from orchestrator import advance, journey
+from orchestrator import advance, follow, journey, view
 from orchestrator.errors import NotReachable
+from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
+from orchestrator.transport import Machine
 
 _TAIL_BYTES = 1 << 20
 _DECODER = codecs.getincrementaldecoder("utf-8")  # a character may be cut between two looks
@@ -45,12 +48,14 @@ class Tail:
     def follow(self) -> None:
         """Print what comes until the run has ended."""
         if self.run.record.state == "running":
-            journey.go(self.run, lambda frame, _: self._take(frame), lambda _: self.print_new(), advance.bring_home)
+            journey.go(self.run, lambda frame, _: self._take(frame), lambda _: self.print_new(), _quickly)
         self.print_new()
 
     def _take(self, frame: dict[str, object]) -> None:
         if str(frame.get("file", "")).endswith("log.txt"):
             self.print_new()
+        if words := view.spoken(frame):
+            print(words, file=sys.stderr, flush=True)  # noqa: T201 -- notes go to stderr
 
     def print_new(self) -> None:
         """Print every byte that was not printed yet."""
@@ -62,6 +67,10 @@ class Tail:
             if data:
                 decoder = self._decoders.setdefault(attempt.number, _DECODER(errors="replace"))
                 self.echo(decoder.decode(data))
+
+
+def _quickly(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+    advance.bring_home(run, machine, arrivals, news, follow.QUICK_POLL_S)
 
 
 def _size(attempt: rundir.Attempt) -> int:

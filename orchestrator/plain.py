@@ -1,4 +1,4 @@
-"""Text from elsewhere made harmless for a terminal: no escape sequences, no control characters."""
+"""Text from elsewhere made harmless for a terminal: no escape sequences, no control characters, no secrets."""
 
 from __future__ import annotations
 
@@ -10,5 +10,7 @@ _CONTROL = re.compile(
 
 
 def plain(text: str) -> str:
-    """The text without what could move a terminal's cursor, change its title or colours; newlines and tabs stay."""
-    return _CONTROL.sub("", text)
+    """The text without what could move a terminal's cursor, change its title or colours, and without known secrets."""
+    from orchestrator import keys
+
+    return keys.masked(_CONTROL.sub("", text))

@@ -6,18 +6,20 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import spec
-from orchestrator import agents, clock, config, runs, transport
+from jobs import spec, trees
+from orchestrator import agents, cargo, clock, config, machines, runs, transport
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.runs import Record, Run
 
+_COMMAND = "command"
 WORKER_PACKAGES = ("torch", "transformers", "peft", "datasets")
 _PATHS = ("dataset", "shots_dataset", "model", "adapter", "chat_template")
 _WORDS = ("auto", "none", "tiny", "generated")
@@ -29,16 +31,23 @@ _GIT_DEADLINE_S = 10.0
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user typed after `gpu run`."""
+    """What a user typed after `gpu run`, all but the job."""
 
-    job: str
+    machine: str
     settings: Mapping[str, str]
     limit: int | None = None
+    needs: tuple[str, ...] = ()
+    outs: tuple[str, ...] = ()
+    env_names: tuple[str, ...] = ()
+    gpus: int | None = None
+    queue: bool = False
+    environment: str | None = None
 
 
-def this_computer() -> transport.LocalMachine:
-    """This computer as a machine."""
-    return transport.LocalMachine(config.state_folder() / "machines" / "local")
+def command(words: tuple[str, ...]) -> spec.Job:
+    """A command as a job: what stands after `--`."""
+    environment = "train" if spec.needs_python(words) else "none"
+    return spec.Job(_COMMAND, shlex.join(words), "command", None, (), {}, words, environment=environment)
 
 
 def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
@@ -49,7 +58,8 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
         raise UsageError(f"{error} Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
     _check_paths(params)
     _check_expectation(params)
-    return {
+    _check_outs(job, asked.outs)
+    document = {
         "schema": spec.SCHEMA,
         "run_id": runs.new_run_id(job.name, params.get("model")),
         "job": job.name,
@@ -62,32 +72,50 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
         "lock": _lock_digest(),
         "project": _project(Path.cwd()),
     }
+    if job.story == "command":
+        document |= {"command": job.words(params), "out": [*job.out, *asked.outs]}
+        document |= {"folder": cargo.folder_in_project(Path.cwd())}
+    return document
 
 
-def begin(job: dict[str, Any]) -> Run:
-    """Make the run's folder: from here on it can be resumed."""
-    _check_interpreter()
+def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable[[int], None]) -> Run:
+    """Make the run's folder: from here on it can be resumed. Files that it needs are looked at first.
+
+    `guard` is told how many bytes may have to travel, and raises when that is not wanted.
+    """
+    environment = asked.environment or job.environment
+    if asked.machine == machines.LOCAL:
+        _check_interpreter(environment)
+    config.job_environment(list(asked.env_names), everything=False)
+    at_home = asked.machine == machines.LOCAL
+    packed = cargo.pack(document, (*job.needs, *asked.needs), Path.cwd(), at_home=at_home)
+    if not at_home:
+        guard(cargo.new_bytes(packed, asked.machine))
     agent = agents.keep(config.state_folder() / "agents")
     record = Record(
-        run_id=job["run_id"],
-        job=job["job"],
-        machine="local",
+        run_id=document["run_id"],
+        job=document["job"],
+        machine=asked.machine,
         agent=agent,
         python=sys.executable,
         cwd=str(Path.cwd()),
-        created_at=job["created_at"],
+        created_at=document["created_at"],
+        env_names=list(asked.env_names),
+        gpus=asked.gpus,
+        queue=asked.queue,
+        environment=None if environment == "none" else environment,
     )
-    return runs.create(record, job)
+    return runs.create(record, document, packed)
 
 
-def check(job: dict[str, Any]) -> dict[str, Any]:
+def check(document: dict[str, Any]) -> dict[str, Any]:
     """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept."""
-    _check_interpreter()
-    machine = this_computer()
+    _check_interpreter("train")
+    machine = machines.this_computer()
     name = agents.keep(config.state_folder() / "agents")
     main = config.state_folder() / "agents" / name / "worker" / "__main__.py"
-    words = [machine.python, "-I", str(main), "check"]
-    answer = transport.ask(machine, words, spec.canonical(job), _CHECK_DEADLINE_S)
+    words = [machine.python, "-I", "-X", "utf8", str(main), "check"]
+    answer = transport.ask(machine, words, spec.canonical(document), _CHECK_DEADLINE_S)
     if "failed" in answer:
         raise ConfigError(answer["failed"]["message"], answer["failed"]["hint"])
     return answer
@@ -100,14 +128,26 @@ def take_new_code(run: Run) -> None:
     run.save(agent=new, code_changes=[*run.record.code_changes, change])
 
 
-def _check_interpreter() -> None:
+def _check_interpreter(environment: str) -> None:
     missing = [name for name in WORKER_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing and environment != "none":
         raise ConfigError(
             f"To run on this computer, {sys.executable} needs {', '.join(missing)}, which it does not have. "
             "Nothing was started.",
             "Install gpu with what a worker needs: pip install 'PATH_OF_THE_CLONE[worker]'",
         )
+
+
+def _check_outs(job: spec.Job, outs: tuple[str, ...]) -> None:
+    """Raise UsageError for patterns that no job can keep to."""
+    if outs and job.story != "command":
+        raise UsageError(f"--out is for commands; {job.name} brings its rows home by itself.")
+    for pattern in (*job.out, *outs):
+        if not trees.is_safe_path(pattern):
+            raise UsageError(
+                f"--out {pattern!r} is not a pattern of files below the project's folder. Nothing was started.",
+                "For example: --out 'results/*.jsonl'",
+            )
 
 
 def _check_paths(params: dict[str, Any]) -> None:

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import durable, rundir
-from orchestrator import clock, config
+from orchestrator import clock, config, keys
 from orchestrator.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.cargo import Cargo
 
 ENDED = ("sealed", "failed", "stopped", "lost")
 """States in which nothing runs and everything there was is home."""
@@ -30,7 +33,9 @@ class Record:
     agent: str
     """Snapshot of the worker code that this run keeps."""
     python: str
+    """The interpreter of this computer that it began with: the one that works when it runs here."""
     cwd: str
+    """The folder of this computer that the command was typed in."""
     created_at: str
     state: str = "planned"
     attempt: int = 0
@@ -46,6 +51,18 @@ class Record:
     last_seen: str | None = None
     failure: dict[str, str] = field(default_factory=dict)
     """kind, message and hint of how it ended, when not well."""
+    place: dict[str, str] = field(default_factory=dict)
+    """Where it works on its machine: `python`, `cwd`, and `path_first`, a folder put first on its PATH."""
+    former: list[dict[str, Any]] = field(default_factory=list)
+    """Machines the run has left: `machine`, and `settled` once all that was made there is home."""
+    env_names: list[str] = field(default_factory=list)
+    """Variables of the laptop that the job gets; their values are nowhere but in memory."""
+    gpus: int | None = None
+    """How many GPUs of the machine it claims; None: all there are."""
+    queue: bool = False
+    """Whether it waits for its GPUs, instead of failing when others have them."""
+    environment: str | None = None
+    """The environment the machine makes for it (`train`, `serve`); None: it needs none."""
     code_changes: list[dict[str, str]] = field(default_factory=list)
     """Each time newer worker code was taken on purpose: when, from, to."""
 
@@ -85,13 +102,15 @@ def new_run_id(job: str, model: str | None) -> str:
     return "-".join(part for part in (date, job, slug, secrets.token_hex(2)) if part)
 
 
-def create(record: Record, job: dict[str, Any]) -> Run:
+def create(record: Record, job: dict[str, Any], packed: Cargo | None = None) -> Run:
     """Make the folder of a new run under `./results` and remember where it is. Raises ConfigError when it cannot."""
     home = rundir.Home(config.results_folder() / record.run_id)
     try:
         home.folder.parent.mkdir(parents=True, exist_ok=True)
         durable.make_folder(home.folder)
         durable.save_json(home.job, job)
+        if packed and packed.contents():
+            packed.save(home.cargo)
         run = Run(home, record)
         run.save()
         _remember(home)
@@ -115,11 +134,13 @@ def _load_record(path: Path) -> Record:
     known = {entry.name for entry in fields(Record)}
     try:
         record = Record(**{name: value for name, value in document.items() if name in known})
-        safe = all(rundir.is_safe_name(name) for name in (record.run_id, record.machine, record.agent))
-    except TypeError:
+        names = [record.run_id, record.machine, record.agent, *(entry["machine"] for entry in record.former)]
+        safe = all(rundir.is_safe_name(name) for name in names)
+    except (TypeError, KeyError):
         safe = False
     if not safe:
         raise ConfigError(f"{path} is damaged: it is not the record of a run.", "Rows beside it are not affected.")
+    keys.hide(record.env_names)
     return record
 
 

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from jobs import durable
 from orchestrator import agents, clock
-from orchestrator.errors import HomeDiskFull, JobFailed, NotReachable
+from orchestrator.errors import BadAnswer, HomeDiskFull, JobFailed, NotReachable
 
 CALL_DEADLINE_S = 60.0
-SILENCE_S = 30.0
+SILENCE_S = 20.0
 """A stream that says nothing for this long is dead: the agent sends a beat every few seconds."""
+_LOOK_S = 0.05
 _FRAME_LINE_MAX_BYTES = 64 * 1024
 _FRAME_DATA_MAX_BYTES = 256 << 20
 Frame = dict[str, Any]
+Data = bytes | Callable[[], Iterable[bytes]]
+"""What a command is sent: bytes, or, where they are many, a way to read them from the beginning."""
 
 
 class Stream(Protocol):
@@ -36,6 +43,14 @@ class Stream(Protocol):
         """The last line of what it complained about, empty when it did not."""
         ...
 
+    def read_error(self, size: int) -> bytes:
+        """Up to `size` bytes of what it complains about, as they come; b"" at the end."""
+        ...
+
+    def code(self, deadline: float) -> int:
+        """Its exit code, once it has closed its output; NotReachable when that is not to be known."""
+        ...
+
 
 class Machine(Protocol):
     """A place where runs are kept and agents can be started."""
@@ -44,8 +59,10 @@ class Machine(Protocol):
     root: Path
     """The folder that holds `agent/` and `runs/` there."""
     python: str
+    patience_s: float
+    """How long a machine that does not answer is asked again by whoever follows a run on it."""
 
-    def call(self, words: list[str], data: bytes, deadline_s: float = CALL_DEADLINE_S) -> bytes:
+    def call(self, words: list[str], data: Data, deadline_s: float = CALL_DEADLINE_S) -> bytes:
         """What a command wrote, once it has ended with exit code 0; NotReachable otherwise."""
         ...
 
@@ -53,18 +70,38 @@ class Machine(Protocol):
         """A command that keeps talking; it sees the end of its input when the block is left."""
         ...
 
+    def close(self) -> None:
+        """Cut every connection, of all threads; the next call opens a new one."""
+        ...
+
     def push_agent(self, store: Path, name: str) -> None:
         """Have the code snapshot `name` under `agent/<name>`; nothing is sent twice."""
         ...
 
+    def push_files(self, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
+        """Put large files at `store/incoming/<name>`, carrying on with what is there; `progress` gets bytes so far.
+
+        Whether they arrived intact is for a hash to say. Repeat it when it raises NotReachable.
+        """
+        ...
+
 
 def agent_words(machine: Machine, agent: str, verb: str, run_id: str, *more: str) -> list[str]:
-    """The words that start an agent command for a run: the one place where they are put together."""
-    main = machine.root / "agent" / agent / "worker" / "__main__.py"
-    return [machine.python, "-I", str(main), verb, str(machine.root / "runs" / run_id), *more]
+    """The words that start an agent command for a run."""
+    return [*_start(machine, agent, verb), str(machine.root / "runs" / run_id), *more]
 
 
-def ask(machine: Machine, words: list[str], data: bytes = b"", deadline_s: float = CALL_DEADLINE_S) -> Frame:
+def root_words(machine: Machine, agent: str, verb: str) -> list[str]:
+    """The words that start an agent command for all of a machine."""
+    return [*_start(machine, agent, verb), str(machine.root)]
+
+
+def _start(machine: Machine, agent: str, verb: str) -> list[str]:
+    """The beginning of every command: the one place where it is put together."""
+    return [machine.python, "-I", "-X", "utf8", str(machine.root / "agent" / agent / "worker" / "__main__.py"), verb]
+
+
+def ask(machine: Machine, words: list[str], data: Data = b"", deadline_s: float = CALL_DEADLINE_S) -> Frame:
     """The JSON answer of an agent command."""
     answer = machine.call(words, data, deadline_s)
     try:
@@ -72,7 +109,7 @@ def ask(machine: Machine, words: list[str], data: bytes = b"", deadline_s: float
     except (ValueError, RecursionError):
         frame = None
     if not isinstance(frame, dict):
-        raise NotReachable(f"{machine.name} answered with something else than an answer: {answer[:200]!r}")
+        raise BadAnswer(f"{machine.name} answered with something else than an answer: {answer[:200]!r}")
     if frame.get("error") == "disk_full":
         raise (HomeDiskFull if machine.name == "local" else JobFailed)(
             f"No space is left on the disk of {machine.name} that holds {frame['folder']}. Nothing was lost.",
@@ -118,13 +155,13 @@ def _frame(line: bytes) -> Frame:
         and ("file" not in frame or "offset" in frame)
     ):
         return frame
-    raise NotReachable(f"The machine sent something that is no frame: {line[:80]!r}")
+    raise BadAnswer(f"The machine sent something that is no frame: {line[:80]!r}")
 
 
 def _until_newline(stream: Stream, buffer: bytes) -> tuple[bytes | None, bytes]:
     while b"\n" not in buffer:
         if len(buffer) > _FRAME_LINE_MAX_BYTES:
-            raise NotReachable("the machine sent an endless line")
+            raise BadAnswer("The machine sent an endless line.")
         chunk = stream.read(1 << 16, clock.monotonic() + SILENCE_S)
         if not chunk:
             return None, b""
@@ -136,40 +173,62 @@ def _until_newline(stream: Stream, buffer: bytes) -> tuple[bytes | None, bytes]:
 class _Pipe:
     """The output of a process of ours, read with deadlines."""
 
-    def __init__(self, descriptor: int, complaints: IO[bytes]) -> None:
-        self._descriptor = descriptor
+    def __init__(self, child: subprocess.Popen[bytes], complaints: IO[bytes]) -> None:
+        assert child.stdout is not None
+        self._child = child
+        self._descriptor = child.stdout.fileno()
         self._complaints = complaints
+        self._complained = 0
 
     def last_words(self) -> str:
         """See Stream."""
         self._complaints.seek(0)
-        return _last_line(self._complaints.read())
+        return last_line(self._complaints.read())
 
     def read(self, size: int, deadline: float) -> bytes:
         """See Stream."""
-        if not select.select([self._descriptor], [], [], max(deadline - clock.monotonic(), 0))[0]:
+        left_s = None if math.isinf(deadline) else max(deadline - clock.monotonic(), 0)
+        if not select.select([self._descriptor], [], [], left_s)[0]:
             raise NotReachable("this computer's agent fell silent")
         return os.read(self._descriptor, size)
+
+    def read_error(self, size: int) -> bytes:
+        """See Stream."""
+        while True:
+            ended = self._child.poll() is not None  # before the look: what it wrote until then is seen below
+            said = os.pread(self._complaints.fileno(), size, self._complained)
+            self._complained += len(said)
+            if said or ended:
+                return said
+            time.sleep(_LOOK_S)
+
+    def code(self, deadline: float) -> int:
+        """See Stream."""
+        try:
+            return self._child.wait(None if math.isinf(deadline) else max(deadline - clock.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            raise NotReachable("this computer's agent does not end") from None
 
 
 class LocalMachine:
     """This computer as a machine: the same agent, spoken to through a subprocess; its folder lies in `GPU_HOME`."""
 
     name = "local"
+    patience_s = 5.0
 
     def __init__(self, root: Path, python: str = sys.executable) -> None:
         self.root = root
         self.python = python
 
-    def call(self, words: list[str], data: bytes, deadline_s: float = CALL_DEADLINE_S) -> bytes:
+    def call(self, words: list[str], data: Data, deadline_s: float = CALL_DEADLINE_S) -> bytes:
         """See Machine."""
-        with _started(words) as child:
+        with _spooled(data) as (pipe, given), _started(words, source=pipe) as child:
             try:
-                out, said = child.communicate(data, timeout=deadline_s)
+                out, said = child.communicate(given, timeout=deadline_s)
             except subprocess.TimeoutExpired:
                 raise NotReachable(f"this computer's agent did not answer within {deadline_s:g} s") from None
         if child.returncode != 0:
-            raise NotReachable(f"this computer's agent ended with exit code {child.returncode}: {_last_line(said)}")
+            raise BadAnswer(f"this computer's agent ended with exit code {child.returncode}: {last_line(said)}")
         return out
 
     @contextlib.contextmanager
@@ -177,27 +236,51 @@ class LocalMachine:
         """See Machine."""
         with tempfile.TemporaryFile() as complaints, _started(words, complaints) as child:
             assert child.stdin is not None
-            assert child.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(data)
                 child.stdin.flush()
-            yield _Pipe(child.stdout.fileno(), complaints)
+            yield _Pipe(child, complaints)
+
+    def close(self) -> None:
+        """See Machine. There are none."""
 
     def push_agent(self, store: Path, name: str) -> None:
         """See Machine."""
         agents.write(agents.kept(store, name), self.root / "agent" / name)
 
+    def push_files(self, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
+        """See Machine."""
+        incoming = self.root / "store" / "incoming"
+        durable.have_folder(incoming)
+        for source, name in files:
+            shutil.copyfile(source, incoming / name)
+            progress(source.stat().st_size)
 
-def _last_line(text: bytes) -> str:
+
+def last_line(text: bytes) -> str:
+    """The last line of what was said, empty when nothing was."""
     return (text.decode("utf-8", "replace").strip().splitlines() or [""])[-1]
 
 
 @contextlib.contextmanager
-def _started(words: list[str], errors: int | IO[bytes] = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+def _spooled(data: Data) -> Iterator[tuple[int | IO[bytes], bytes | None]]:
+    """Standard input for a child, and what to write to it: what is read piece by piece goes through a file."""
+    if isinstance(data, bytes):
+        yield subprocess.PIPE, data
+        return
+    with tempfile.TemporaryFile() as spool:
+        for piece in data():
+            spool.write(piece)
+        spool.seek(0)
+        yield spool, None
+
+
+@contextlib.contextmanager
+def _started(
+    words: list[str], errors: int | IO[bytes] = subprocess.PIPE, source: int | IO[bytes] = subprocess.PIPE
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child process in a group of its own, gone with its group when the block is left on whatever path."""
-    child = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, process_group=0, bufsize=-1
-    )
+    child = subprocess.Popen(words, stdin=source, stdout=subprocess.PIPE, stderr=errors, process_group=0, bufsize=-1)
     try:
         yield child
     finally:

@@ -94,6 +94,19 @@ class View(Protocol):
         ...
 
 
+def spoken(frame: dict[str, Any]) -> str:
+    """What a frame tells a person beside its data: a step under way, or a machine that went silent or came back."""
+    if "say" in frame:
+        return plain(str(frame["say"]))
+    if "unreachable" in frame:
+        return plain(f"{frame['unreachable']} Trying again; the run may go on there by itself. Ctrl-C leaves it.")
+    if "reachable" in frame:
+        return plain(f"{frame['reachable']} answers again.")
+    if "skipped" in frame:
+        return plain(f"Left on the machine: {frame['skipped']}: {frame.get('why', '')}")
+    return ""
+
+
 @contextlib.contextmanager
 def watching(home: int, quiet: bool) -> Iterator[View]:
     """The view that fits: nothing when quiet, a live line on a terminal, else a plain line now and then; on stderr."""
@@ -116,6 +129,8 @@ class _Lines:
 
     def __call__(self, frame: dict[str, Any], data: bytes) -> None:
         """See View."""
+        if words := spoken(frame):
+            print(words, file=sys.stderr, flush=True)  # noqa: T201
         if not self._tally.take(frame, data):
             return
         if self._tally.phase != self._phase or clock.monotonic() - self._said_at >= _LINE_EVERY_S:
@@ -139,6 +154,8 @@ def _live(tally: Tally) -> Iterator[View]:
         bar = progress.add_task("starting", total=None, more="")
 
         def view(frame: dict[str, Any], data: bytes) -> None:
+            if words := spoken(frame):
+                progress.console.print(words, markup=False, highlight=False)
             if tally.take(frame, data):
                 more = " · ".join(tally.line().split(" · ")[2:])
                 progress.update(bar, description=tally.phase, completed=tally.home, total=tally.total, more=more)

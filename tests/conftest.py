@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import rundir, spec
-from orchestrator import agents, config, planning, runs, transport
+from orchestrator import agents, config, machines, runs, transport
 from orchestrator.runs import Record, Run
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpu-tests-")  # before transformers is imported: no real home
@@ -111,7 +111,7 @@ def counting_run(counting_agent: str) -> Iterator[Callable[..., Run]]:
 
     yield make
     for run in made:
-        machine = planning.this_computer()
+        machine = machines.this_computer()
         words = transport.agent_words(machine, run.record.agent, "stop", run.run_id, "0")
         if (machine.root / "agent" / run.record.agent).exists():
             transport.ask(machine, words)
@@ -120,7 +120,7 @@ def counting_run(counting_agent: str) -> Iterator[Callable[..., Run]]:
 @pytest.fixture
 def on_machine() -> Callable[[Run], rundir.Run]:
     """The folder of a run as its machine (this computer) has it."""
-    return lambda run: rundir.Run(planning.this_computer().root / "runs" / run.run_id)
+    return lambda run: rundir.Run(machines.this_computer().root / "runs" / run.run_id)
 
 
 def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:

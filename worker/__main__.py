@@ -20,17 +20,17 @@ def main(words: list[str]) -> int:
 
         return agent.main(verb, rest)
     if verb in _STORE:
-        from worker import store
+        from worker.store import main as keep_files
 
-        return store.main(verb, rest)
+        return keep_files(verb, rest)
     if verb in ("environment", "build", "fetch", "imports"):
-        from worker import environments
+        from worker.environments import main as keep_environments
 
-        return environments.main(verb, rest)
+        return keep_environments(verb, rest)
     if verb == "exec":
-        from worker import execute
+        from worker.execute import main as execute
 
-        return execute.main(rest)
+        return execute(rest)
     if verb == "supervise":
         from worker import supervisor
 

@@ -12,7 +12,11 @@ from orchestrator import errors
 
 _COMMANDS = {
     "jobs": ("jobs", "The catalogue of jobs, and what each takes"),
-    "run": ("run", "Start a job and follow it until its rows are home"),
+    "add": ("machines", "Add a machine you already have"),
+    "status": ("machines", "Every machine, and the runs on it"),
+    "sync": ("project", "Send the project to a machine"),
+    "exec": ("project", "Run a command in the synced project"),
+    "run": ("run", "Start a job or a command, and follow it until it is home"),
     "resume": ("run", "Carry on with a run: only what is missing is done"),
     "runs": ("runs", "Every run and where it stands"),
     "logs": ("runs", "What a run's worker printed"),
@@ -20,8 +24,15 @@ _COMMANDS = {
     "stop": ("runs", "Stop a run cleanly; its rows come home"),
     "report": ("results", "The numbers of a run, and its page"),
     "rescore": ("results", "Score existing completions again, without a model"),
+    "ssh": ("machines", "A shell on a machine"),
+    "setup-ssh": ("house", "Let ssh, scp and editors reach machines by name"),
+    "forget": ("machines", "Forget a machine that was added"),
+    "state": ("house", "Move machines' keys and records to another computer"),
+    "doctor": ("house", "Check keys, tools, disk and machines; say how to mend them"),
 }
 """Each command with the module of this package it lives in, and its line in the help."""
+_VARIABLES = {"sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
+"""Commands that Python cannot have a variable of the same name for, or that a module has another one for."""
 
 
 class _Lazy(click.Group):
@@ -36,7 +47,7 @@ class _Lazy(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"orchestrator.cli.{_COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, _VARIABLES.get(cmd_name, cmd_name))
         return command
 
     def resolve_command(

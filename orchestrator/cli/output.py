@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
 
 import click
 
@@ -27,3 +29,39 @@ def columns(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a table, a dash for none."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def progress(quiet: bool) -> Callable[[str], None]:
+    """Says what is going on, on standard error; nothing when quiet."""
+    return lambda words: None if quiet else click.echo(plain(words), err=True)
+
+
+@contextlib.contextmanager
+def text(names: Sequence[str]) -> Iterator[Callable[[str], None]]:
+    """Prints what a machine said, made harmless and without secrets, wherever the pieces are cut."""
+    from orchestrator import keys
+
+    masker = keys.Masker(keys.secrets(names))
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    yield lambda words: click.echo(plain(decoder.decode(masker.feed(words.encode("utf-8", "replace")))), nl=False)
+    click.echo(plain(decoder.decode(masker.flush(), final=True)), nl=False)
+
+
+@contextlib.contextmanager
+def raw(stream: TextIO, names: Sequence[str]) -> Iterator[Callable[[bytes], None]]:
+    """What a command on a machine writes, as it comes, without the secrets it was sent; harmless on a terminal."""
+    from orchestrator import keys
+
+    masker = keys.Masker(keys.secrets(names))
+    shown = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(chunk: bytes) -> None:
+        if stream.isatty():
+            stream.write(plain(shown.decode(chunk)))
+            stream.flush()
+        else:
+            stream.buffer.write(chunk)
+            stream.buffer.flush()
+
+    yield lambda chunk: write(masker.feed(chunk))
+    write(masker.flush())

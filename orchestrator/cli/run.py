@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
-from orchestrator import advance, errors, journey, planning, runs, view
+from jobs import spec
+from orchestrator import advance, errors, journey, machines, planning, runs, sync, view
 from orchestrator.cli import output, results
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
@@ -16,6 +18,10 @@ from orchestrator.runs import Run
 
 _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
+AFTER = "gpu.after"
+"""Where the words after `--` are kept while a command line is parsed."""
+_ASKED = ("settings", "limit", "needs", "outs", "env_names", "gpus", "queue", "environment")
+_WISH = ("machine", "take_over", "queue", "new_code")
 
 
 def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
@@ -27,68 +33,100 @@ def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...])
     return {key: text for key, _, text in pairs}
 
 
-@click.command()
-@click.argument("job")
+class Command(click.Command):
+    """A command that takes everything after `--` as it is, for another command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the words after the first `--` aside."""
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta[AFTER] = tuple(args[cut + 1 :])
+        return super().parse_args(ctx, args[:cut])
+
+
+@click.command(cls=Command)
+@click.argument("name", metavar="[JOB | -- COMMAND…]", required=False)
+@click.option("--on", "machine", help="The machine; `local` is this computer.")
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_pairs, help=_SETTING)
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first N examples only.")
-@click.option("--on", "machine", default="local", show_default=True, help="The machine; `local` is this computer.")
+@click.option("--need", "needs", metavar="PATH", multiple=True, help="A file or folder that travels in any case.")
+@click.option("--out", "outs", metavar="GLOB", multiple=True, help="Files that a command makes, to be brought home.")
+@click.option("--env", "env_names", metavar="NAME", multiple=True, help="A variable of yours that the job gets.")
+@click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs of the machine it takes; else all.")
+@click.option("--queue", is_flag=True, help="Wait while others have the GPUs.")
+@click.option("--environment", type=click.Choice(spec.ENVIRONMENTS), help="What Python packages it gets there.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
 @click.option("--dry-run", is_flag=True, help="Check dataset and prompts; generate nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Send more than 2 GB without asking.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def run(job: str, settings: dict[str, str], limit: int | None, machine: str, **how: bool) -> None:
-    """Start a job and follow it until every row is home.
+@click.pass_context
+def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
+    """Start a job, or any command of your project, and follow it until all it makes is home.
 
     \b
     Example:  gpu run eval-gsm8k --limit 20
-              gpu run eval-gsm8k --set model=Qwen/Qwen2.5-0.5B-Instruct --set dataset=openai/gsm8k
+              gpu run eval-gsm8k --on box --set model=Qwen/Qwen2.5-0.5B-Instruct
+              gpu run --on box --out 'results/*.jsonl' -- python scripts/diagnose.py --deep
     """
-    _only_local(machine)
-    request = planning.request(planning.Asked(job, settings, limit), load(job))
+    job = _job(name, ctx.meta[AFTER])
+    asked = planning.Asked(machine=machines.choose(how["machine"]), **{key: how[key] for key in _ASKED})
+    document = planning.request(asked, job)
     if how["dry_run"]:
-        _show_check(planning.check(request), how["as_json"])
+        _show_check(planning.check(document), how["as_json"])
         return
-    started = planning.begin(request)
+    started = planning.begin(document, asked, job, size_guard(how["yes"]))
     _announce(started, how)
     _carry(started, how)
 
 
+def _job(name: str | None, words: tuple[str, ...]) -> spec.Job:
+    """The job that is meant: one of the catalogue, or a command."""
+    if (name is None) is (not words):
+        raise errors.UsageError(
+            "Say either a job or a command." if words else "Say which job, or, after --, which command.",
+            "See the jobs: gpu jobs. A command: gpu run -- python train.py",
+        )
+    return load(name) if name else planning.command(words)
+
+
+def size_guard(yes: bool) -> Callable[[int], None]:
+    """Asks before very much is sent; refuses where nobody can answer."""
+    return lambda size: sync.guard(size, yes, lambda words: sys.stdin.isatty() and click.confirm(words, err=True))
+
+
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False)
-@click.option("--on", "machine", default="local", show_default=True, help="The machine; `local` is this computer.")
+@click.option("--on", "machine", help="Go on on this machine; `local` is this computer.")
+@click.option("--take-over", is_flag=True, help="Also when the old machine does not answer, or still works on it.")
+@click.option("--queue/--no-queue", default=None, help="Wait while others have the GPUs.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
 @click.option("--new-code", is_flag=True, help="Go on with the worker code installed now; recorded in run.json.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def resume(name: str | None, machine: str, new_code: bool, **how: bool) -> None:
-    """Carry on with a run, whatever ended it: only what is missing is done.
+def resume(name: str | None, **how: Any) -> None:
+    """Carry on with a run, whatever ended it, here or elsewhere: only what is missing is done.
 
     \b
     Example:  gpu resume
-              gpu resume 20261120-eval-gsm8k-tiny-3f9c
+              gpu resume 20261120-eval-gsm8k-tiny-3f9c --on otherbox
     """
-    _only_local(machine)
     found = runs.find(name)
     _announce(found, how)
     try:
         with _leaving(found):
-            journey.reopen(found, new_code)
+            journey.carry_on(found, journey.Wish(**{key: how[key] for key in _WISH}))
     except errors.GpuError:
         _show_outcome(found, how)
         raise
     _carry(found, how)
 
 
-def _only_local(machine: str) -> None:
-    if machine != "local":
-        raise errors.UsageError(f"There is no machine {machine!r}: there are: local.", "Use --on local.")
-
-
 def _announce(run: Run, how: dict[str, bool]) -> None:
     """Say the run's id first of all: with it, everything else can be found."""
     if how["as_json"]:
         return
-    click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on this computer")
+    where = "this computer" if run.record.machine == machines.LOCAL else run.record.machine
+    click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on {where}")
 
 
 def _carry(run: Run, how: dict[str, bool]) -> None:
@@ -96,7 +134,7 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
     try:
         with _leaving(run), view.watching(run.record.rows_home, how["quiet"] or how["as_json"]) as news:
             if how["detach"]:
-                journey.set_off(run)
+                journey.set_off(run, news)
             else:
                 journey.go(run, news, _waiting(run))
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from orchestrator import advance, errors, journey
+from orchestrator import advance, errors, journey, machines
 from orchestrator import logs as logs_at_home
 from orchestrator import runs as records
 from orchestrator.cli import output
@@ -26,23 +26,28 @@ def _seconds(_ctx: click.Context, _param: click.Parameter, value: float) -> floa
 
 @click.command()
 @click.option("--all", "everything", is_flag=True, help=f"All of them, not only the last {_SHOWN}.")
+@click.option("--refresh", is_flag=True, help="Ask the machines too; else only this computer is looked at.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def runs(everything: bool, as_json: bool) -> None:
-    """Every run and where it stands; those on this computer are looked at anew.
+def runs(everything: bool, refresh: bool, as_json: bool) -> None:
+    """Every run and where it stands, as far as is known here.
 
     \b
     Example:  gpu runs
+              gpu runs --refresh
     """
     found = list(records.remembered())
     found = found if everything else found[-_SHOWN:]
     for run in found:
-        if run.record.state == "running":
+        asks = refresh or run.record.machine == machines.LOCAL
+        if asks and (run.record.state == "running" or not all(entry["settled"] for entry in run.record.former)):
             _refresh(run)
     documents = [advance.document(run) for run in found]
     if as_json:
         output.document(documents)
         return
-    output.columns(["RUN", "STATE", "ROWS HOME", "TOTAL", "MACHINE", "STARTED"], [_line(entry) for entry in documents])
+    output.columns(
+        ["RUN", "STATE", "DONE", "SYNCED", "HOME", "TOTAL", "MACHINE", "STARTED"], [_line(entry) for entry in documents]
+    )
 
 
 def _refresh(run: Run) -> None:
@@ -54,7 +59,7 @@ def _refresh(run: Run) -> None:
 
 
 def _line(entry: dict[str, Any]) -> list[str]:
-    keys = ("run_id", "state", "rows_home", "rows_total", "machine", "started_at")
+    keys = ("run_id", "state", "rows_done", "rows_synced", "rows_home", "rows_total", "machine", "started_at")
     return ["-" if entry[key] is None else str(entry[key]) for key in keys]
 
 
@@ -70,9 +75,10 @@ def logs(name: str | None, follow: bool, lines: int) -> None:
     """
     run = records.find(name)
     try:
-        tail = logs_at_home.show(run, lines, lambda text: click.echo(plain(text), nl=False))
-        if follow:
-            tail.follow()
+        with output.text(run.record.env_names) as echo:
+            tail = logs_at_home.show(run, lines, echo)
+            if follow:
+                tail.follow()
     except KeyboardInterrupt:
         click.echo(f"\nStopped looking; the run goes on. Look again:  gpu logs -f {run.run_id}", err=True)
         raise click.exceptions.Exit(errors.INTERRUPTED) from None

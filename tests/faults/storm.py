@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs import durable, rows, rundir
-from orchestrator import planning, runs
+from orchestrator import machines, runs
 from orchestrator.runs import Run
 
 GPU = [sys.executable, "-m", "orchestrator.cli"]
@@ -84,7 +84,7 @@ class Storm:
 
 def on_machine(run: Run) -> rundir.Run:
     """The run's folder where it runs."""
-    return rundir.Run(planning.this_computer().root / "runs" / run.run_id)
+    return rundir.Run(machines.this_computer().root / "runs" / run.run_id)
 
 
 def written(run: Run) -> int:

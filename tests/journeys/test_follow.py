@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs import durable, rows, rundir
-from orchestrator import advance, agents, config, journey, planning
+from orchestrator import advance, agents, config, journey, machines
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from tests.conftest import until
@@ -209,7 +209,7 @@ def test_new_code_is_taken_only_when_asked_for(counting_run: Callable[..., Run],
 def test_a_step_done_twice_is_done_once(counting_run: Callable[..., Run], on_machine: Folder) -> None:
     """Every step of the journey repeated from an older record leads to the same run: one attempt, each row once."""
     run = counting_run(count=10)
-    machine = planning.this_computer()
+    machine = machines.this_computer()
     arrivals = Arrivals.open(run.home, machine.name)
     assert arrivals is not None
     with arrivals:

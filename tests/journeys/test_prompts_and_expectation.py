@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from jobs import durable, rows
-from orchestrator import planning, runs
+from orchestrator import machines, runs
 
 GPU = [sys.executable, "-m", "orchestrator.cli"]
 PROBLEM = '{{"question": "Tom has {0} apples and buys 2 more. How many now?", "answer": "#### {1}"}}\n'
@@ -95,11 +95,11 @@ def test_the_trained_model_travels_with_its_run(trained: None) -> None:
     before = durable.load_json(run.home.summary)["fingerprint"]
     run.save(state="stopped")
     for name in ("models", "runs"):
-        shutil.rmtree(planning.this_computer().root / name)
+        shutil.rmtree(machines.this_computer().root / name)
     done = gpu("resume", "-q")
     assert done.returncode == 0, done.stderr
     assert durable.load_json(run.home.summary)["fingerprint"] == before
-    assert not (planning.this_computer().root / "models").exists(), "nothing was trained"
+    assert not (machines.this_computer().root / "models").exists(), "nothing was trained"
 
 
 def test_worked_examples_come_from_where_they_are_said_to() -> None:

@@ -15,7 +15,7 @@ import click
 import pytest
 
 from jobs import durable, locks, rows, rundir
-from orchestrator import advance, cli, journey, planning, runs, transport
+from orchestrator import advance, cli, journey, machines, runs, transport
 from orchestrator.cli import results
 from orchestrator.errors import ConfigError, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals
@@ -162,7 +162,7 @@ def test_a_stop_between_two_attempts_is_heard(counting_run: Make, on_machine: Fo
     waits = f"        while not os.path.exists({str(gate)!r}):\n            time.sleep(0.02)\n"
     run = counting_run(count=2000, pace_s=0.03)
     run.save(agent=code_with("worker/supervisor.py", sweeps, sweeps + waits))
-    there, machine = on_machine(run), planning.this_computer()
+    there, machine = on_machine(run), machines.this_computer()
     set_off(run, there)
     journey.stop(run, 1.0)
     gate.unlink()
@@ -235,12 +235,12 @@ def test_a_second_stop_may_have_less_patience(counting_run: Make, on_machine: Fo
     """The grace of the last stop counts: one of 0.1 s ends a worker that an earlier one gave five minutes."""
     run = counting_run(count=2000, pace_s=0.03, ignore_term=True)
     set_off(run, on_machine(run))
-    words = transport.agent_words(planning.this_computer(), run.record.agent, "stop", run.run_id, "300")
+    words = transport.agent_words(machines.this_computer(), run.record.agent, "stop", run.run_id, "300")
     patient = subprocess.Popen(words)
     until(on_machine(run).attempt(1).stop.exists)
     patient.kill()
     patient.wait()
-    answer = advance.stop(run, planning.this_computer(), 0.1)
+    answer = advance.stop(run, machines.this_computer(), 0.1)
     assert answer["state"] == "ended"
     assert answer["seal"]["reason"] == "stopped"
 
@@ -324,7 +324,7 @@ def test_a_lost_folder_does_not_change_what_is_measured(trained: None) -> None:
     run = runs.find(None)
     before = durable.load_json(run.home.machine("local").resolved)["fingerprint"]
     run.save(state="stopped")
-    shutil.rmtree(planning.this_computer().root / "runs" / run.run_id)
+    shutil.rmtree(machines.this_computer().root / "runs" / run.run_id)
     data.write_text("".join(PROBLEM.format(n, n + 2) for n in range(1, 6)), encoding="utf-8")
     refused = gpu("resume", "-q")
     assert refused.returncode == ConfigError.exit_code, refused.stderr

@@ -12,7 +12,7 @@ from random import Random
 import pytest
 
 from jobs import durable
-from orchestrator import agents, config, journey, planning
+from orchestrator import agents, config, journey, machines
 from orchestrator.errors import ConfigError
 from orchestrator.runs import Run
 from tests.conftest import COUNTING
@@ -132,7 +132,7 @@ def test_many_may_write_the_same_snapshot(store: Path, begins: str) -> None:
 def test_a_damaged_copy_on_the_machine_is_sent_again(counting_run: Callable[..., Run]) -> None:
     """A run whose code was damaged on its machine gets the kept code once more, and ends well."""
     run = counting_run(count=3)
-    machine = planning.this_computer()
+    machine = machines.this_computer()
     machine.push_agent(config.state_folder() / "agents", run.record.agent)
     for path in (machine.root / "agent" / run.record.agent).rglob("*.py"):
         path.write_bytes(b"")
@@ -147,7 +147,7 @@ def test_a_run_whose_kept_code_is_damaged_starts_nothing(counting_run: Callable[
     (kept / "worker" / "counting.py").write_bytes(b"")
     with pytest.raises(ConfigError, match="damaged"):
         follow(run)
-    assert not (planning.this_computer().root / "runs").exists()
+    assert not (machines.this_computer().root / "runs").exists()
     assert durable.load_json(run.home.record)["state"] == "planned"
     agents.write(agents.sources() | {"worker/counting.py": COUNTING.encode()}, kept)
     follow(run)

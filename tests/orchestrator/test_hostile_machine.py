@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from jobs import durable, locks, rows, rundir
-from orchestrator import advance, follow, journey, planning, runs, transport
+from orchestrator import advance, follow, journey, machines, runs, transport
 from orchestrator.errors import ConfigError, NotReachable
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
@@ -79,7 +79,7 @@ def here(arrivals: Arrivals) -> dict[str, bytes]:
 def frames(said: bytes) -> list[dict[str, Any]]:
     """What is understood of the output of a command on this computer as a machine."""
     Path("said").write_bytes(said)
-    with planning.this_computer().open(["cat", "said"], b"") as stream:
+    with machines.this_computer().open(["cat", "said"], b"") as stream:
         return [frame for frame, _ in transport.frames(stream)]
 
 
@@ -124,7 +124,7 @@ def test_a_frame_that_is_cut_is_not_given(cut: bytes) -> None:
 def test_an_answer_that_is_none_is_said() -> None:
     """A command that answers with something else than JSON is an error that shows what it said."""
     with pytest.raises(NotReachable, match="Welcome"):
-        transport.ask(planning.this_computer(), ["echo", "Welcome to the machine"])
+        transport.ask(machines.this_computer(), ["echo", "Welcome to the machine"])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from jobs import durable, locks, rows, rundir, spec
-from orchestrator import advance, config, planning, transport
+from orchestrator import advance, config, machines, transport
 from orchestrator.runs import Run
 from tests.conftest import until
 from worker import processes
@@ -26,12 +26,12 @@ Folder = Callable[[Run], rundir.Run]
 
 
 def ask(run: Run, verb: str, *more: str, data: bytes = b"") -> dict[str, Any]:
-    machine = planning.this_computer()
+    machine = machines.this_computer()
     return transport.ask(machine, transport.agent_words(machine, run.record.agent, verb, run.run_id, *more), data)
 
 
 def order(run: Run, expect_attempt: int = 0) -> bytes:
-    machine = planning.this_computer()
+    machine = machines.this_computer()
     return spec.canonical(
         {
             "job": run.job(),
@@ -47,7 +47,7 @@ def order(run: Run, expect_attempt: int = 0) -> bytes:
 
 
 def begin(run: Run) -> dict[str, Any]:
-    advance.push(run, planning.this_computer())
+    advance.push(run, machines.this_computer())
     return ask(run, "start", data=order(run))
 
 
@@ -83,7 +83,7 @@ def test_a_run_ends_with_a_seal_that_names_its_rows(counting_run: Callable[..., 
 def test_twenty_starts_at_once_start_one_worker(counting_run: Callable[..., Run], on_machine: Folder) -> None:
     """Asked by twenty at the same time, a run starts one attempt, and one of them is told that it did."""
     run = counting_run(count=3, pace_s=0.2)
-    advance.push(run, planning.this_computer())
+    advance.push(run, machines.this_computer())
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: ask(run, "start", data=order(run)), range(20)))
     assert sum(answer["started"] for answer in answers) == 1
@@ -118,7 +118,7 @@ def test_a_start_cut_off_while_it_is_read_starts_nothing(
 ) -> None:
     """A connection that dies inside the request leaves no supervisor and no job."""
     run = counting_run(count=2)
-    machine = planning.this_computer()
+    machine = machines.this_computer()
     advance.push(run, machine)
     words = transport.agent_words(machine, run.record.agent, "start", run.run_id)
     subprocess.run(words, input=moment, capture_output=True, check=False, timeout=30)
@@ -251,7 +251,7 @@ def test_a_run_that_has_begun_takes_no_more_files(counting_run: Callable[..., Ru
     line = b"{}\n"
     header = {"name": "home.jsonl", "bytes": len(line), "sha256": hashlib.sha256(line).hexdigest()}
     piece = spec.canonical(header) + b"\n" + line
-    advance.push(run, planning.this_computer())
+    advance.push(run, machines.this_computer())
     assert ask(run, "put", data=piece) == {"put": ["home.jsonl"]}
     on_machine(run).home.unlink()
     ask(run, "start", data=order(run))
@@ -264,7 +264,7 @@ def test_a_run_that_has_begun_takes_no_more_files(counting_run: Callable[..., Ru
 def test_only_what_comes_from_home_is_taken(counting_run: Callable[..., Run], on_machine: Folder, name: str) -> None:
     """A file that a start does not need is refused by name, and nothing is written."""
     run = counting_run(count=2)
-    advance.push(run, planning.this_computer())
+    advance.push(run, machines.this_computer())
     header = {"name": name, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     assert ask(run, "put", data=spec.canonical(header) + b"\nx") == {"error": "refused", "name": name}
     assert list(on_machine(run).folder.iterdir()) == []

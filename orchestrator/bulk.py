@@ -1,0 +1,109 @@
+"""Large files to a machine by the system's rsync over ssh, watched and killed as a group; and what ssh-keygen knows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator import clock
+from orchestrator.errors import ConfigError, NotReachable
+
+_STALLED_S = 60.0
+"""rsync that moves nothing for this long is given up; ssh's own ServerAlive notices a dead peer after 30 s."""
+_SLOWEST_BYTES_PER_S = 20_000
+_DEADLINE_S = 600.0
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
+_PROGRESS = re.compile(rb"\s*([0-9][0-9,.]*)")
+_PIECE_BYTES = 1 << 20
+_TOOL_DEADLINE_S = 10.0
+
+
+def can_rsync(target: Path) -> bool:
+    """Whether rsync is here and the target's name means the same to every rsync: some pass it through a shell."""
+    return shutil.which("rsync") is not None and _PLAIN_PATH.fullmatch(str(target)) is not None
+
+
+def push(config: Path, host: str, target: Path, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
+    """Put each file at `target/<name>` on the host of an ssh_config; a part left by an earlier try is carried on with.
+
+    `progress` is told the bytes sent so far. Raises NotReachable when it breaks off or stalls; repeat it then.
+    """
+    total = sum(source.stat().st_size for source, _ in files)
+    with tempfile.TemporaryDirectory(prefix="gpu-") as links:
+        for source, name in files:
+            (Path(links) / name).symlink_to(source.absolute())
+        words = ["rsync", "-rL", "--inplace", "--partial", "--no-perms", "--chmod=F600", "--progress"]
+        words += ["-e", f'ssh -F "{config}"', "--", f"{links}/", f"{host}:{target}/"]
+        _watched(words, host, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, progress)
+
+
+def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[[int], None]) -> None:
+    """Run rsync; whatever happens, nothing of its process group is left when this returns."""
+    deadline = clock.monotonic() + deadline_s
+    with tempfile.TemporaryFile() as complaints:
+        child = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, process_group=0
+        )
+        try:
+            assert child.stdout is not None
+            _read_progress(child.stdout.fileno(), deadline, progress)
+            code = child.wait(timeout=_TOOL_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            raise NotReachable(f"The copy to {host} did not end.") from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        complaints.seek(0)
+        said = complaints.read().decode("utf-8", "replace").strip().splitlines() or ["nothing"]
+    if code != 0:
+        full = "No space left" in " ".join(said)
+        kind = ConfigError if full else NotReachable
+        raise kind(f"The copy to {host} broke off (rsync exit code {code}): {said[0]}", "Repeat it: it goes on there.")
+
+
+def _read_progress(descriptor: int, deadline: float, progress: Callable[[int], None]) -> None:
+    """Pass on the bytes that rsync says it sent, until its output ends; NotReachable when nothing moves."""
+    moved_at, before, last = clock.monotonic(), 0, 0
+    while True:
+        now = clock.monotonic()
+        if now > min(deadline, moved_at + _STALLED_S):
+            raise NotReachable("The copy stands still: nothing was taken for a minute.", "Repeat it: it goes on there.")
+        if not select.select([descriptor], [], [], 1.0)[0]:
+            continue
+        chunk = os.read(descriptor, 1 << 16)
+        if not chunk:
+            return
+        for line in chunk.split(b"\r"):
+            if found := _PROGRESS.match(line):
+                count = int(re.sub(rb"[,.]", b"", found[1]))
+                before, last = (before + last, count) if count < last else (before, count)
+                moved_at = now
+        progress(before + last)
+
+
+def pieces(source: Path, offset: int, progress: Callable[[int], None]) -> Iterator[bytes]:
+    """The bytes of a file from `offset` on, in pieces."""
+    with source.open("rb") as file:
+        file.seek(offset)
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
+            offset += len(piece)
+            progress(offset)
+
+
+def fingerprint(key: Path) -> str | None:
+    """The SHA256 fingerprint of a key file, as ssh-keygen reads it from its public part; None when it cannot."""
+    asked = subprocess.run(
+        ["ssh-keygen", "-l", "-E", "sha256", "-f", str(key)], capture_output=True, timeout=_TOOL_DEADLINE_S, check=False
+    )
+    words = asked.stdout.decode("utf-8", "replace").split()
+    return words[1] if asked.returncode == 0 and len(words) > 1 else None
