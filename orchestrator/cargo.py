@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs import durable
 from jobs.trees import BadTree, Tree
-from orchestrator import clock, machines, project, sync
+from orchestrator import clock, config, machines, project, sync
 from orchestrator.errors import ConfigError
 from orchestrator.project import Content, Hashes
 from orchestrator.transport import Machine
@@ -17,6 +17,7 @@ from orchestrator.transport import Machine
 PATHS = ("dataset", "shots_dataset", "model", "adapter", "chat_template")
 """Parameters that may be a path: a file or folder that travels, and is called by another name there."""
 _SAY_EVERY_S = 2.0
+_COPIED_BYTES = 16 << 20
 Say = Callable[[str], None]
 
 
@@ -102,6 +103,22 @@ def folder_in_project(folder: Path) -> str:
     """Where a folder lies in its project; empty for the project's own folder."""
     inside = folder.relative_to(project.root(folder)).as_posix()
     return "" if inside == "." else inside
+
+
+def kept_here(cargo: Cargo, agent: str) -> Cargo:
+    """The same cargo, its code copied into this computer's store: what is edited here later does not change the run.
+
+    Large files stay where they are, known by their hash: a resume elsewhere says when they have changed.
+    """
+    if cargo.work is None:
+        return cargo
+    here = machines.this_computer()
+    here.push_agent(config.state_folder() / "agents", agent)
+    small = Tree(tuple(entry for entry in cargo.work.tree.entries if entry.size <= _COPIED_BYTES))
+    sync.push(here, agent, [Content(small, cargo.work.files)], lambda _done, _total: None)
+    blobs = here.root / "store" / "blobs"
+    copies = {entry.sha256: blobs / entry.sha256[:2] / entry.sha256 for entry in small.entries if not entry.link}
+    return Cargo(Content(cargo.work.tree, {**cargo.work.files, **copies}), cargo.params)
 
 
 def send(cargo: Cargo, machine: Machine, agent: str, say: Say) -> None:

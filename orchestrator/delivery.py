@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from jobs import durable, spec
 from orchestrator import agents, cargo, clock, config, environments, machines, project, transport
 from orchestrator.cargo import Cargo, Say
-from orchestrator.errors import BadAnswer
+from orchestrator.errors import BadAnswer, GpuError
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
 
@@ -38,14 +39,29 @@ def deliver(run: Run, machine: Machine, say: Say) -> Place:
         packed = cargo.pack(run.job(), (), Path(run.record.cwd), at_home=False)
         packed.save(run.home.cargo)
     agent = run.record.agent
-    with ThreadPoolExecutor(2, thread_name_prefix="delivery") as pool:
+    with ThreadPoolExecutor(3, thread_name_prefix="delivery") as pool:
         sent = pool.submit(cargo.send, packed, machine, agent, say)
         found = pool.submit(interpreter, run.record.environment, machine, agent, say)
+        fetched = pool.submit(_fetch_ahead, run, machine)
         _both([sent, found], machine)
+        if not fetched.done():
+            machine.close()  # what is not here yet, the worker fetches itself
     _lay_out(packed, machine, agent)
     work = _staged(run, machine, packed)
     python = found.result()
     return Place(python or machine.python, str(work), str(Path(python).parent) if python else "")
+
+
+def _fetch_ahead(run: Run, machine: Machine) -> None:
+    """Have a model of the Hub come while the environment is made, which takes as long; only then is it worth it."""
+    kind, model = run.record.environment, str(run.job()["params"].get("model") or "")
+    if kind is None or machine.name == machines.LOCAL or kind in durable.load_news(_environments(machine.name)):
+        return
+    if model.count("/") == 1 and not model.startswith("/") and machines.load(machine.name).worker_python is None:
+        env = config.job_environment(run.record.env_names, everything=False)
+        wanted = environments.Model(model, kind, run.job()["params"].get("revision"), env=env)
+        with contextlib.suppress(GpuError):
+            environments.fetch(machine, run.record.agent, wanted, lambda _: None)
 
 
 def _both(pair: list[Future[Any]], machine: Machine) -> None:
@@ -76,17 +92,22 @@ def interpreter(kind: str | None, machine: Machine, agent: str, say: Say) -> str
 def _made(kind: str, machine: Machine, agent: str, say: Say) -> str:
     """The Python of an environment that the machine makes, or has."""
     python = environments.ensure(machine, agent, kind, say)
-    book = machines.folder(machine.name) / "environments.json"
+    book = _environments(machine.name)
     if durable.load_news(book).get(kind) != python:
         durable.save_json(book, {**durable.load_news(book), kind: python}, synced=False)
     return python
+
+
+def _environments(name: str) -> Path:
+    """What a machine is known to have made: kinds of environment with their interpreters."""
+    return machines.folder(name) / "environments.json"
 
 
 def python_for_commands(name: str) -> str:
     """The interpreter that `gpu exec` puts first on a machine's PATH; empty while there is none."""
     if name == machines.LOCAL:
         return ""
-    made = durable.load_news(machines.folder(name) / "environments.json")
+    made = durable.load_news(_environments(name))
     return machines.load(name).worker_python or str(made.get("train", ""))
 
 

@@ -92,6 +92,7 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
     if not at_home:
         guard(cargo.new_bytes(packed, asked.machine))
     agent = agents.keep(config.state_folder() / "agents")
+    packed = cargo.kept_here(packed, agent)
     record = Record(
         run_id=document["run_id"],
         job=document["job"],
@@ -190,8 +191,10 @@ def _check_expectation(params: dict[str, Any]) -> None:
 
 
 def _lock_digest() -> str | None:
-    """SHA-256 of the lock file of the worker's packages that ships with this version."""
-    path = agents.INSTALLED / "worker" / "locks" / "worker.txt"
+    """SHA-256 of the lock file of the worker's packages, for this Python, that ships with this version."""
+    folder = agents.INSTALLED / "worker" / "locks"
+    path = folder / f"train-{sys.version_info[0]}.{sys.version_info[1]}.txt"
+    path = path if path.is_file() else folder / "train-3.11.txt"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 

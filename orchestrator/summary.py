@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jobs import durable, metrics, rows, rundir
 from orchestrator import clock
 from orchestrator.runs import Run
+
+_CONFLICTS_MAX = 100
 
 
 def write(run: Run) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def count(run: Run) -> dict[str, Any]:
         "run_id": run.run_id,
         "job": job["job"],
         "task": job["task"],
-        "model": job["params"]["model"],
+        "model": job["params"].get("model"),
         "state": run.record.state,
         **metrics.summarise(finals(run), choices(run)),
         "fingerprint": resolved.get("fingerprint"),
@@ -51,6 +55,7 @@ def count(run: Run) -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_second": round(tokens_out / seconds, 2) if seconds else None,
         "rows_damaged": run.record.rows_damaged,
+        "conflicts": conflicts(run),
         "cost_usd": 0.0,
         "created_at": run.record.created_at,
         "finished_at": run.record.finished_at,
@@ -59,7 +64,36 @@ def count(run: Run) -> dict[str, Any]:
 
 
 def _resolved(run: Run) -> dict[str, Any]:
-    return durable.load_news(run.home.machine(run.record.machine).resolved)
+    """What its machine resolved for the run; before that one has, what another one did."""
+    others = sorted((run.home.folder / "machines").glob("*"))
+    found = (
+        durable.load_news(machine.resolved)
+        for machine in (run.home.machine(run.record.machine), *map(rundir.Run, others))
+    )
+    return next((document for document in found if document), {})
+
+
+def conflicts(run: Run) -> list[str]:
+    """Keys that two machines made different good rows for, at most a hundred; the first to come home counts."""
+    machines = sorted((run.home.folder / "machines").glob("*"))
+    if len(machines) < 2:
+        return []
+    said: dict[str, int] = {}
+    found: list[str] = []
+    for row in itertools.chain.from_iterable(map(_made_by, machines)):
+        if row.get("error") is None:
+            answer = hash((row.get("completion"), repr(row.get("score"))))
+            if said.setdefault(str(row["key"]), answer) != answer:
+                found.append(str(row["key"]))
+    return sorted(set(found))[:_CONFLICTS_MAX]
+
+
+def _made_by(machine: Path) -> Iterator[rows.Row]:
+    """Every sound row that came from a machine, as often as it did."""
+    for attempt in rundir.Run(machine).attempts():
+        for _, line in rows.whole_lines(attempt.rows):
+            with contextlib.suppress(rows.BadRow):
+                yield rows.decode(line)
 
 
 def _effort(run: Run) -> tuple[int, float]:

@@ -15,10 +15,10 @@ find_python() {
 }
 
 make_environment() { # make_environment EXTRAS: what stands between the brackets of pip install '.[EXTRAS]'
-    local python stamp wanted
+    local python stamp wanted lock
     case "$(uname -s)" in MINGW* | MSYS* | CYGWIN*) fail "gpu does not run on native Windows. Use WSL2." ;; esac
     stamp=.venv/.made-for
-    wanted="$1 $(cat pyproject.toml worker/locks/worker.txt scripts/setup.sh | cksum)"
+    wanted="$1 $(cat pyproject.toml worker/locks/train-*.txt scripts/setup.sh | cksum)"
     if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then return; fi
     if [ ! -x .venv/bin/python ]; then
         python=$(find_python) || exit 3
@@ -27,12 +27,14 @@ make_environment() { # make_environment EXTRAS: what stands between the brackets
         echo "Making a virtual environment in .venv with $("$python" --version)."
         "$python" -m venv .venv
     fi
+    lock=worker/locks/train-$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+    [ -f "$lock" ] || lock=worker/locks/train-3.11.txt
     echo "Installing gpu and its worker into .venv: about 1.5 GB with a CPU build of PyTorch,"
     echo "about 6 GB where pip brings PyTorch with CUDA (Linux, by default). This happens once."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24'
     # PyTorch first and by its exact version: whatever depends on it then keeps the build that is there.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' worker/locks/worker.txt)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c worker/locks/worker.txt --editable ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$lock")"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$lock" --editable ".[$1]"
     .venv/bin/python -m compileall -q jobs orchestrator worker
     echo "$wanted" >>"$stamp"
 }

@@ -99,6 +99,11 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         share = found["metrics"].get(name, {}).get("value") or 0.0
         if share > most:
             said.append(f"{share:.0%} {words}")
+    if found.get("conflicts"):
+        said.append(
+            f"{len(found['conflicts'])} rows were made twice, differently, by two machines (for example "
+            f"{plain(found['conflicts'][0])}). The first that came home counts; the others are kept below machines/."
+        )
     if found["unscored"]:
         said.append(f"{found['unscored']} rows have no score; rows.jsonl says why. They are left out of every number.")
     return said
