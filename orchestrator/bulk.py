@@ -21,9 +21,14 @@ _STALLED_S = 60.0
 _SLOWEST_BYTES_PER_S = 20_000
 _DEADLINE_S = 600.0
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
-_PROGRESS = re.compile(rb"\s*([0-9][0-9,.]*)")
+_PROGRESS = re.compile(rb"\s*([0-9][0-9,.]*)\s+[0-9]+%")
 _PIECE_BYTES = 1 << 20
 _TOOL_DEADLINE_S = 10.0
+_PROTOCOL = 2  # rsync(1), EXIT VALUES
+
+
+class Unclean(NotReachable):
+    """A login file there prints, so that rsync cannot speak to its other half; another way is to be taken."""
 
 
 def can_rsync(target: Path) -> bool:
@@ -52,8 +57,8 @@ def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[
         child = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, process_group=0
         )
+        assert child.stdout is not None
         try:
-            assert child.stdout is not None
             _read_progress(child.stdout.fileno(), deadline, progress)
             code = child.wait(timeout=_TOOL_DEADLINE_S)
         except subprocess.TimeoutExpired:
@@ -61,9 +66,12 @@ def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
+            child.stdout.close()
             child.wait()
         complaints.seek(0)
         said = complaints.read().decode("utf-8", "replace").strip().splitlines() or ["nothing"]
+    if code == _PROTOCOL and "shell clean" in " ".join(said):
+        raise Unclean(f"{host} prints something when a command begins, which rsync cannot bear.")
     if code != 0:
         full = "No space left" in " ".join(said)
         kind = ConfigError if full else NotReachable
@@ -72,7 +80,7 @@ def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[
 
 def _read_progress(descriptor: int, deadline: float, progress: Callable[[int], None]) -> None:
     """Pass on the bytes that rsync says it sent, until its output ends; NotReachable when nothing moves."""
-    moved_at, before, last = clock.monotonic(), 0, 0
+    moved_at, before, last, rest = clock.monotonic(), 0, 0, b""
     while True:
         now = clock.monotonic()
         if now > min(deadline, moved_at + _STALLED_S):
@@ -82,7 +90,8 @@ def _read_progress(descriptor: int, deadline: float, progress: Callable[[int], N
         chunk = os.read(descriptor, 1 << 16)
         if not chunk:
             return
-        for line in chunk.split(b"\r"):
+        *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+        for line in lines:
             if found := _PROGRESS.match(line):
                 count = int(re.sub(rb"[,.]", b"", found[1]))
                 before, last = (before + last, count) if count < last else (before, count)

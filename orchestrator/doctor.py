@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -181,7 +182,7 @@ def _private_folder(folder: Path) -> Check:
         )
     if mode & 0o077:
         state, words = (BAD, "can change") if mode & 0o022 else (WARN, "can look into")
-        return Check("state permissions", state, f"others {words} {folder}", f"chmod 700 '{folder}'")
+        return Check("state permissions", state, f"others {words} {folder}", f"chmod 700 {shlex.quote(str(folder))}")
     return Check("state permissions", OK, "private")
 
 
@@ -232,7 +233,12 @@ def _machine_files(folder: Path) -> Check:
     for private in (folder, folder / "key"):
         if private.exists() and private.stat().st_mode & 0o077:
             wanted = "700" if private == folder else "600"
-            return Check(name, BAD, f"others can read {private}; ssh refuses such a key", f"chmod {wanted} '{private}'")
+            return Check(
+                name,
+                BAD,
+                f"others can read {private}; ssh refuses such a key",
+                f"chmod {wanted} {shlex.quote(str(private))}",
+            )
     return Check(name, OK, "complete and private")
 
 
@@ -268,7 +274,9 @@ def _account(provider: str, key: keys.Key, verdict: Verdict | None) -> Check:
     where = f"found in {key.source}"
     check = _judged(provider, where, verdict) if verdict else Check(f"{provider} key", OK, f"{where}; not tested")
     if check.state == OK and key.path and key.path.stat().st_mode & 0o077:
-        return Check(check.name, WARN, f"{check.words}; others can read that file", f"chmod 600 '{key.path}'")
+        return Check(
+            check.name, WARN, f"{check.words}; others can read that file", f"chmod 600 {shlex.quote(str(key.path))}"
+        )
     return check
 
 

@@ -217,14 +217,22 @@ def placed(code: Tree, needs: Iterable[Need]) -> Content:
 
 
 def _through(links: Mapping[str, str], path: str) -> str:
-    """Where a path leads when the folders on its way may be links."""
-    for _ in range(_LINKS_MAX):
-        cuts = [cut for cut, sign in enumerate(path) if sign == "/"]
-        cut = next((cut for cut in cuts if path[:cut] in links), None)
-        if cut is None:
-            break
-        path = os.path.normpath(f"{os.path.dirname(path[:cut])}/{links[path[:cut]]}{path[cut:]}".lstrip("/"))  # noqa: PTH120
-    return path
+    """Where a path leads when the folders on its way may be links; its last part is taken as it is."""
+    done: list[str] = []
+    left = path.split("/")[::-1]
+    followed = 0
+    while left:
+        part = left.pop()
+        if part == "..":
+            del done[-1:]
+        elif part not in ("", "."):
+            target = links.get("/".join([*done, part])) if left and followed < _LINKS_MAX else None
+            followed += target is not None
+            if target is None:
+                done.append(part)
+            else:
+                left += target.split("/")[::-1]
+    return "/".join(done)
 
 
 def _inside(root: Path, cwd: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -257,16 +265,21 @@ def _settled(make: Callable[[], _T], hashes: Hashes) -> _T:
         try:
             made = make()
         except FileNotFoundError as error:
-            gone = os.fsdecode(error.filename)
+            gone = _name(error)
         except OSError as error:
             raise ConfigError(
-                f"{os.fsdecode(error.filename)} cannot be read: {error.strerror}. Nothing was started.",
+                f"{_name(error)} cannot be read: {error.strerror}. Nothing was started.",
                 "Let it be read, or leave it out of the project by a line in .gpuignore.",
             ) from None
         else:
             hashes.save()
             return made
     raise _Changing(f"{gone} disappeared while it was read. Nothing was started.", _AGAIN)
+
+
+def _name(error: OSError) -> str:
+    """The file or folder that an error is about."""
+    return os.fsdecode(error.filename or "a file").rstrip("/")
 
 
 def _tree(entries: list[Entry]) -> Tree:

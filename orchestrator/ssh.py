@@ -270,12 +270,15 @@ class SshMachine:
     def push_files(self, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
         """See Machine. By rsync, which carries on with what an earlier try left; without it, over our own channel."""
         incoming = self.root / "store" / "incoming"
-        self.call(["mkdir", "-p", str(incoming)], b"")
+        self.call(["sh", "-c", 'umask 077; exec mkdir -p "$1"', "sh", str(incoming)], b"")
         if bulk.can_rsync(incoming) and self._has_rsync():
-            bulk.push(self.folder / "ssh_config", f"gpu-{self.name}", incoming, files, progress)
-            return
+            with contextlib.suppress(bulk.Unclean):
+                bulk.push(self.folder / "ssh_config", f"gpu-{self.name}", incoming, files, progress)
+                return
+        before = 0
         for source, name in files:
-            self._push_slowly(source, incoming / name, progress)
+            self._push_slowly(source, incoming / name, _from(before, progress))
+            before += source.stat().st_size
 
     def _has_rsync(self) -> bool:
         return self.call(["sh", "-c", "command -v rsync >/dev/null && echo yes || echo no"], b"") == b"yes\n"
@@ -286,6 +289,11 @@ class SshMachine:
         pieces = bulk.pieces(source, here if here <= source.stat().st_size else 0, progress)
         redirect = 'umask 077; exec cat >> "$1"' if here <= source.stat().st_size else 'umask 077; exec cat > "$1"'
         self._call(["sh", "-c", redirect, "sh", str(target)], pieces, CALL_DEADLINE_S)
+
+
+def _from(before: int, progress: Callable[[int], None]) -> Callable[[int], None]:
+    """Progress of one file among several: `before` bytes of others were sent already."""
+    return lambda sent: progress(before + sent)
 
 
 def _pieces(data: Data) -> Iterable[bytes]:

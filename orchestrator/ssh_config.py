@@ -178,11 +178,21 @@ def known_host_line(address: Address, key_type: str, base64: str) -> str:
         blob = binascii.a2b_base64(base64.encode("ascii"), strict_mode=True)
     except ValueError:  # what binascii and the encoder raise are kinds of it
         blob = b""
-    name = key_type.encode("utf-8", "replace")
-    if not _KEY_TYPE.fullmatch(key_type) or not blob.startswith(len(name).to_bytes(4, "big") + name):
+    fields = _fields(blob)
+    if not _KEY_TYPE.fullmatch(key_type) or len(fields) < 2 or fields[0] != key_type.encode():
         raise ConfigError(
             f"{_shown(address.host)} showed something that is no host key of type {_shown(key_type)}. "
             "It was not written down."
         )
     host = address.host if address.port == SSH_PORT else f"[{address.host}]:{address.port}"
     return f"{host} {key_type} {base64}"
+
+
+def _fields(blob: bytes) -> list[bytes]:
+    """The fields of a public key as SSH packs them: type, then numbers; empty when it is not packed so, or is cut."""
+    fields, at = [], 0
+    while at < len(blob):
+        end = at + 4 + int.from_bytes(blob[at : at + 4], "big")
+        fields.append(blob[at + 4 : end])
+        at = end
+    return fields if at == len(blob) else []

@@ -52,6 +52,7 @@ class _Sending:
     files: dict[str, Path] = field(default_factory=dict)
     sent: set[str] = field(default_factory=set)
     done_bytes: int = 0
+    told_bytes: int = 0
     total_bytes: int = 0
 
     def ask(self, verb: str, data: bytes, deadline_s: float = transport.CALL_DEADLINE_S) -> Frame:
@@ -61,9 +62,10 @@ class _Sending:
     def expect(self, verb: str, request: Frame, answer: str) -> list[str]:
         """A list of names that is the answer; BadAnswer for anything else."""
         data = spec.canonical(request)
-        names = self.ask(verb, data, _deadline_s(len(data))).get(answer)
+        said = self.ask(verb, data, _deadline_s(len(data)))
+        names = said.get(answer)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise BadAnswer(f"{self.machine.name} does not say what it has. Nothing was started.", _AGAIN)
+            raise BadAnswer(f"{self.machine.name} does not say what it has: {_why(said)}. Nothing was started.")
         return names
 
     def blobs(self, wanted: Sequence[str]) -> None:
@@ -80,8 +82,9 @@ class _Sending:
             self._push(group)
 
     def told(self, further: int) -> None:
-        """Pass on that so many bytes more have been sent since what is done."""
-        self.progress(min(self.done_bytes + further, self.total_bytes), self.total_bytes)
+        """Pass on that so many bytes more have been sent since what is done; what is sent twice counts once."""
+        self.told_bytes = max(self.told_bytes, min(self.done_bytes + further, self.total_bytes))
+        self.progress(self.told_bytes, self.total_bytes)
 
     def _take(self, names: list[str]) -> None:
         data = b"".join(frame for name in names for frame in self._frame(name))

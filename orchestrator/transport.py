@@ -252,9 +252,11 @@ class LocalMachine:
         """See Machine."""
         incoming = self.root / "store" / "incoming"
         durable.have_folder(incoming)
+        copied = 0
         for source, name in files:
             shutil.copyfile(source, incoming / name)
-            progress(source.stat().st_size)
+            copied += source.stat().st_size
+            progress(copied)
 
 
 def last_line(text: bytes) -> str:

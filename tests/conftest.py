@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,15 @@ from typing import Any
 import pytest
 
 from jobs import rundir, spec
-from orchestrator import agents, config, machines, runs, transport
+from orchestrator import agents, config, enrolment, machines, runs, ssh_config, transport
 from orchestrator.runs import Record, Run
+from tests import rig
+from tests.rig import Reachable, Sshd
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpu-tests-")  # before transformers is imported: no real home
+machine_room = pytest.fixture(rig.machine_room)
+proxies = pytest.fixture(rig.proxies)
+wires = pytest.fixture(rig.wires)
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 """Real benchmark files, where a developer has them beside the project."""
@@ -118,18 +122,23 @@ def counting_run(counting_agent: str) -> Iterator[Callable[..., Run]]:
 
 
 @pytest.fixture
+def box(machine_room: Callable[..., Sshd]) -> Callable[..., Sshd]:
+    """Makes machines over SSH, a real sshd each, and adds them: `box("box")` is called `box` from then on."""
+
+    def make(name: str = "box", via: Reachable | None = None, python: str | None = sys.executable, **how: Any) -> Sshd:
+        machine = machine_room(name, **how)
+        where = via or machine
+        address = ssh_config.Address(machine.user, where.address, where.port)
+        enrolment.add(enrolment.Asked(name, address, machine.key, python))
+        return machine
+
+    return make
+
+
+@pytest.fixture
 def on_machine() -> Callable[[Run], rundir.Run]:
     """The folder of a run as its machine (this computer) has it."""
     return lambda run: rundir.Run(machines.this_computer().root / "runs" / run.run_id)
-
-
-def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
-    """What `condition` returns once it is true; fails the test when the deadline passes first."""
-    deadline = time.monotonic() + within_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
-    return found
 
 
 def data_folder(name: str) -> Path:

@@ -28,6 +28,7 @@ _BEAT_S = 5.0
 _POLL_S = 0.1
 _STARTS_MAX = 3
 _CHOOSE_S = 900.0
+_ATTEND_S = 3 * 3600.0
 _HUB_WAIT_S = 900.0
 Frame = dict[str, Any]
 
@@ -150,7 +151,7 @@ def _alone(path: Path, talk: Talk) -> Iterator[None]:
 
 def _attend(plan: Plan, place: Place, talk: Talk) -> Frame | None:
     """Wait until the environment is made, by us or by another, passing on what its log says; why not, if it is not."""
-    tail = Tail(place.log)
+    tail, deadline = Tail(place.log), time.monotonic() + _ATTEND_S
     for _ in range(_STARTS_MAX):
         before = place.failure()
         builder = _start(plan, place)
@@ -158,6 +159,8 @@ def _attend(plan: Plan, place: Place, talk: Talk) -> Frame | None:
             if locks.is_held(place.lock):  # before that, the log is that of the build before
                 _pass_on(tail, talk)
             talk.tick()
+            if time.monotonic() >= deadline:
+                return {"message": "The installation does not come to an end.", "hint": "", "tail": place.tail()}
             time.sleep(_POLL_S)
         _pass_on(tail, talk)
         if place.ready():

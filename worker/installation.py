@@ -25,6 +25,8 @@ LINE_MAX = 500
 _LOCK_WAIT_S = 1.0
 _VENV_S = 300.0
 _INSTALL_S = 3600.0
+_SWEEP_S = 20.0
+_SWEEP_PAUSE_S = 0.05
 _SPACE = 1.5  # downloads lie in a cache before they are unpacked
 _FIRST = "huggingface_hub"
 _HINTS = (
@@ -34,7 +36,7 @@ _HINTS = (
         "The machine cannot reach its package index: look after its network, or its pip settings (pip config list).",
     ),
     (
-        r"No matching distribution|Could not find a version|No solution found",
+        r"No matching distribution|Could not find a version|No solution found|ResolutionImpossible",
         "The package index that this machine uses lacks a pinned version, or has none for this kind of machine.",
     ),
 )
@@ -62,7 +64,7 @@ class Place:
 
     @property
     def lock(self) -> Path:
-        """Held by the one who builds it, and by the programs they started."""
+        """Held for life by the one who builds it."""
         return self.root / f"{self.digest}.lock"
 
     @property
@@ -158,10 +160,8 @@ class Builder:
         began = time.monotonic()
         self._clear()
         self._check_space()
-        self.say(f"making an environment with Python {self.plan.version}: {self.plan.python}")
-        self._run("Making the environment", [self.plan.python, "-I", "-m", "venv", str(self.place.folder)], _VENV_S)
-        if not self.plan.uv:
-            self._install([["pip>=24"]], "pip")
+        self.say(f"making an environment with Python {self.plan.version}: {self.plan.python} (process {os.getpid()})")
+        self._make_folder()
         if _FIRST in self.pins.pins:  # models can be fetched with it while PyTorch comes
             self._install([[self.pins.pins[_FIRST]]], _FIRST)
             durable.save_json(self.place.hub, {"python": self.place.python})
@@ -181,9 +181,21 @@ class Builder:
         except libraries.Unfit as unfit:
             raise Broken(f"Everything is installed, but does not work together: {unfit.message}") from None
 
+    def _make_folder(self) -> None:
+        folder, python = str(self.place.folder), self.plan.python
+        venv = [self.plan.uv, "venv", "--no-project", "--python", python, folder] if self.plan.uv else []
+        self._run("Making the environment", venv or [python, "-I", "-m", "venv", folder], _VENV_S)
+        if not self.plan.uv:
+            self._install([["pip>=24"]], "pip")  # older ones do not finish with the long lock of vLLM
+
     def _clear(self) -> None:
         """End what a killed build left running, and remove what it left lying."""
-        processes.kill(processes.marked(self.mark))
+        deadline = time.monotonic() + _SWEEP_S
+        while left := processes.marked(self.mark):
+            processes.kill(left)
+            if time.monotonic() >= deadline:
+                raise Broken("What an earlier, killed installation left running does not end.")
+            time.sleep(_SWEEP_PAUSE_S)
         if self.place.folder.exists():
             shutil.rmtree(self.place.folder)
 
@@ -209,16 +221,22 @@ class Builder:
         only = ["--only-binary", ":all:", "-c", str(self.pins.path)]
         uv = [self.plan.uv, "--no-progress", "pip", "install", "--python", self.place.python, "--compile-bytecode"]
         pip = [self.place.python, "-I", "-m", "pip", "install", "--progress-bar", "off"]
-        tries = [[*uv, *only, *choice] for choice in choices if self.plan.uv]
-        tries += [[*pip, *only, *choice] for choice in choices if choice[0] != "--torch-backend"]
-        for words in tries[:-1]:
+        for choice in choices if self.plan.uv else []:
             with contextlib.suppress(Broken):
-                return self._run(f"Installing {what}", words, _INSTALL_S)
-        return self._run(f"Installing {what}", tries[-1], _INSTALL_S)
+                return self._run(f"Installing {what}", [*uv, *only, *choice], _INSTALL_S)
+        by_pip = [choice for choice in choices if choice[0] != "--torch-backend"]
+        if not by_pip:
+            raise Broken(f"Installing {what} failed: uv could not, and pip cannot choose between builds.")
+        if self.plan.uv:
+            self.say("uv could not, so pip tries: it may know of another index")
+            self._run("Installing pip", [self.place.python, "-I", "-m", "ensurepip"], _VENV_S)
+        return self._run(f"Installing {what}", [*pip, *only, *by_pip[0]], _INSTALL_S)
 
     def _run(self, what: str, words: list[str], deadline_s: float) -> None:
         env = programs.environment({processes.RUN_MARK: self.mark, "PIP_REQUIRE_VIRTUALENV": "1"})
-        program = programs.Program(words, deadline_s, sys.stdout.fileno(), env, held=(self.held,))
+        # Where the kernel does not end a program with its parent, the lock lasts until the program has ended too.
+        held = () if sys.platform == "linux" else (self.held,)
+        program = programs.Program(words, deadline_s, sys.stdout.fileno(), env, held=held)
         code = program.run(self)
         if code == -9:
             raise Broken(f"{what} was killed.", "The machine may be short of memory.")

@@ -6,7 +6,6 @@ import contextlib
 import fnmatch
 import glob
 import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -170,6 +169,8 @@ def _import_here(modules: list[str]) -> None:
 
 
 def _version(module: str) -> str:
+    import importlib.metadata  # slow to import, and needed in a child alone
+
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(module)
     return str(getattr(sys.modules[module], "__version__", ""))

@@ -15,9 +15,9 @@ from random import Random
 import pytest
 
 from jobs import rows
-from tests.conftest import until
 from tests.faults.disk import FullOs, LosingOs, RecordingOs, ShortOs, StallingOs, instead_of_os
 from tests.jobs import row_writer
+from tests.waiting import until
 
 ROUNDS = [pytest.param(30, id="quick"), pytest.param(500, id="long", marks=pytest.mark.slow)]
 SYNC_MARGIN_S = 1.0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs import locks
-from tests.conftest import until
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent.parent
 HOLD = "descriptor = locks.take(path); assert descriptor is not None; say(b'held'); signal.pause()"

@@ -16,7 +16,7 @@ from jobs import durable, rows, rundir
 from orchestrator import advance, agents, config, journey, machines
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
-from tests.conftest import until
+from tests.waiting import until
 
 Folder = Callable[[Run], rundir.Run]
 GPU = [sys.executable, "-m", "orchestrator.cli"]

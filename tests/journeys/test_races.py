@@ -21,7 +21,7 @@ from orchestrator.errors import ConfigError, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from tests.changed_code import code_with
-from tests.conftest import until
+from tests.waiting import until
 from worker import agent, processes
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc of Linux")

@@ -22,7 +22,7 @@ from orchestrator.errors import ConfigError, NotReachable
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from tests.changed_code import code_with
-from tests.conftest import until
+from tests.waiting import until
 from worker import agent
 
 Folder = Callable[[Run], rundir.Run]

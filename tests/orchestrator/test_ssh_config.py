@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from orchestrator import ssh_config
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.ssh_config import Address
-from tests.conftest import until
+from tests.waiting import until
 
 BOX = Address("ubuntu", "203.0.113.7", 2222)
 HOSTILE_FOLDERS = [
@@ -286,6 +286,8 @@ def test_the_pinned_key_is_found(tmp_path: Path, address: Address) -> None:
     [
         ("ssh-rsa", None),
         ("ssh-ed25519", "AAAA"),
+        ("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5"),
+        ("ssh-ed25519", "AAAAC3NzaC1lZDI1NTE5AAAAIEEE"),
         ("ssh-ed25519", "not base64"),
         ("ssh-ed25519 x", None),
         ("", ""),

@@ -29,10 +29,15 @@ _Queue = asyncio.Queue[tuple[float, bytes | None]]
 
 
 class Reachable(Protocol):
-    """What has an address and a port: a machine, or a proxy before it."""
+    """What has an address and a port: a machine, a proxy before it, or a wire."""
 
-    address: str
-    port: int
+    @property
+    def address(self) -> str:
+        """A numeric address."""
+
+    @property
+    def port(self) -> int:
+        """A TCP port."""
 
 
 def free_address() -> tuple[str, int]:
@@ -104,11 +109,7 @@ class Proxy:
 
     def __enter__(self) -> Proxy:
         self._thread.start()
-        try:
-            self.accept()
-        except BaseException:
-            self.close()
-            raise
+        self.accept()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,8 +149,8 @@ class Proxy:
     def cut_after(self, count: int, way: Way, how: How = "rst", connection: int | None = None) -> None:
         """Cut a connection once exactly `count` bytes have gone that way and arrived.
 
-        Counted for an open connection from now, for a new one from its first byte. `connection` names one by its
-        number (1 is the first the proxy ever accepted); without it, every connection is cut so.
+        Counted for an open connection from now, for a new one from its first byte; with 0 it never reaches the target
+        (and a reset may come before connect() returns). `connection` is its number, 1 the first; without it, all are.
         """
 
         def change() -> None:

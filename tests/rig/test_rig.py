@@ -2,51 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import contextlib
+import itertools
 import shlex
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import paramiko
 import pytest
 
 from tests import rig
-from tests.conftest import until
 from tests.rig.proxy import How, Way, free_address
+from tests.waiting import until
 
-machine_room = pytest.fixture(rig.machine_room)
-proxies = pytest.fixture(rig.proxies)
-wires = pytest.fixture(rig.wires)
+talkers = pytest.fixture(rig.talkers)
 Room = Callable[..., rig.Sshd]
 Proxies = Callable[[rig.Reachable], rig.Proxy]
+Talkers = Callable[[bytes], rig.Place]
 Wires = Callable[..., rig.Wire]
-DAEMON = """
-import os
-if os.fork(): os._exit(0)
-os.setsid()
-if os.fork(): os._exit(0)
-for number in range(3): os.close(number)
-if os.fork() == 0: os.execve("/bin/sleep", ["sleep", "300"], {})
-os.execvp("sleep", ["sleep", "300"])
-"""
-"""Starts a daemon and a child of its own that has an empty environment."""
-
-
-@dataclass
-class Place:
-    """An address to connect to."""
-
-    address: str
-    port: int
+SILENT = r"timed out|No route|unreachable|Invalid argument"
 
 
 @pytest.fixture
@@ -54,495 +32,282 @@ def machine(machine_room: Room) -> rig.Sshd:
     return machine_room()
 
 
-def open_to(end: rig.Reachable, timeout_s: float = 10.0) -> socket.socket:
-    """A connection to `end`."""
-    return socket.create_connection((end.address, end.port), timeout_s)
-
-
-def read_all(connection: socket.socket) -> tuple[int, str]:
-    """How many bytes came, and how it ended: "fin" or "rst"."""
-    count = 0
-    try:
-        while piece := connection.recv(1 << 16):
-            count += len(piece)
-    except ConnectionResetError:
-        return count, "rst"
-    return count, "fin"
-
-
-def has_banner(end: rig.Reachable, timeout_s: float = 10.0) -> bool:
-    """Whether an SSH server speaks there; TimeoutError when nothing at all is said."""
-    with open_to(end, timeout_s) as connection:
-        return connection.recv(64).startswith(b"SSH-")
-
-
-def start_daemon(machine: rig.Sshd) -> None:
-    done = machine.run(shlex.join(["python3", "-c", DAEMON]))
-    assert done.returncode == 0, done.stderr
-    until(lambda: [it.words for it in machine.processes()] == [["sleep", "300"]] * 2, 5)
-
-
-# ---- the machine
-
-
 def test_a_machine_starts_fast(machine_room: Room) -> None:
     """A machine is there within 0.3 s (the best of three)."""
-    took_s = []
-    for name in "abc":
-        began = time.monotonic()
-        machine_room(name)
-        took_s.append(time.monotonic() - began)
-    assert min(took_s) < 0.3
+    times = [time.monotonic() for name in "abcd" if machine_room(name)]
+    assert min(after - before for before, after in itertools.pairwise(times)) < 0.3
 
 
-def test_home_is_the_machines_own(machine: rig.Sshd) -> None:
-    """A session's HOME, its working folder and what ~ means are the machine's own home."""
-    done = machine.run('echo "$HOME"; pwd; echo ~; touch here')
-    assert done.stdout.decode().split() == [str(machine.home)] * 3
-    assert (machine.home / "here").exists()
-
-
-def test_relative_paths_of_rsync_and_sftp_lie_in_the_home(machine: rig.Sshd, tmp_path: Path) -> None:
-    """What rsync and scp copy to a relative path arrives in the machine's own home."""
+def test_home_is_the_machines_own(machine: rig.Sshd, tmp_path: Path) -> None:
+    """HOME, the working folder, ~ and relative paths of rsync and scp all mean the machine's own home."""
+    assert machine.run('echo "$HOME"; pwd; echo ~').stdout.decode().split() == [str(machine.home)] * 3
     (tmp_path / "file").write_bytes(b"\0bytes\xff")
-    words = machine.ssh_words()
-    subprocess.run(["rsync", "-e", shlex.join(words[:-1]), "file", f"{words[-1]}:by_rsync"], cwd=tmp_path, check=True)
+    *ssh, address = machine.ssh_words()
     scp = ["scp", "-q", "-F", str(machine.client_config), "-P", str(machine.port)]
-    subprocess.run([*scp, "file", f"{machine.address}:by_scp"], cwd=tmp_path, check=True)
-    for name in ("by_rsync", "by_scp"):
-        assert (machine.home / name).read_bytes() == b"\0bytes\xff"
+    for program, *words in (["rsync", "-e", shlex.join(ssh)], scp):
+        subprocess.run([program, *words, "file", f"{address}:by_{program}"], cwd=tmp_path, check=True)
+        assert (machine.home / f"by_{program}").read_bytes() == b"\0bytes\xff"
 
 
-def test_bashrc_is_read_once_from_the_machines_home(machine: rig.Sshd) -> None:
-    """What write_bashrc() gives is run once, in the home, before each command."""
+def test_bashrc_is_read_and_commands_arrive_as_sent(machine: rig.Sshd) -> None:
+    """The start file runs once, in the home; then words, input bytes and exit codes go through unchanged."""
     machine.write_bashrc('echo "noise in $PWD"\n')
-    assert machine.run("echo word").stdout.decode() == f"noise in {machine.home}\nword\n"
-
-
-def test_commands_arrive_as_they_were_sent(machine: rig.Sshd) -> None:
-    """Words with quotes, line breaks, globs and bytes that are no text reach the program unchanged; so do exit codes."""
     words = ["", "a b", "$HOME `id` $(id)", "'\"\\", "two\nlines", "*", "-n", "é\u2028"]
-    done = machine.run(shlex.join(["printf", r"%s\0", *words]))
-    assert done.stdout.decode().split("\0")[:-1] == words
-    assert machine.run("cat; exit 37", b"\xff\0\n").stdout == b"\xff\0\n"
-    assert machine.run("exit 37").returncode == 37
+    done = machine.run(shlex.join(["printf", r"%s\0", *words]) + "; cat; exit 37", b"\xff\0\n")
+    assert done.stdout == f"noise in {machine.home}\n".encode() + "\0".join([*words, ""]).encode() + b"\xff\0\n"
+    assert done.returncode == 37
 
 
 def test_sessions_know_nothing_of_the_test_runner(machine_room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
     """A session has the few variables sshd makes and the mark, none of whoever runs the tests."""
     monkeypatch.setenv("RIG_SECRET", "canary")
-    machine = machine_room()
-    names = {line.split("=")[0] for line in machine.run("env").stdout.decode().splitlines()}
-    made = {"HOME", "PATH", "SHELL", "USER", "LOGNAME", "MAIL", "PWD", "SHLVL", "_", "SSH_CLIENT", "SSH_CONNECTION"}
-    assert names <= made | {"GPU_RIG", "TZ"}
-    assert {"HOME", "PATH", "GPU_RIG"} <= names
+    names = {line.split("=")[0] for line in machine_room().run("env").stdout.decode().splitlines()}
+    made = {"SHELL", "USER", "LOGNAME", "MAIL", "PWD", "SHLVL", "TZ", "_", "SSH_CLIENT", "SSH_CONNECTION"}
+    assert names - made == {"HOME", "PATH", "GPU_RIG"}
 
 
-def test_path_has_the_system_folders_and_can_be_less(machine: rig.Sshd, tmp_path: Path) -> None:
-    """Programs of the system are found, and a machine without python3 is made by setting `path`."""
+def test_path_shell_and_banner_can_be_set(machine: rig.Sshd, tmp_path: Path) -> None:
+    """`path` hides programs, `shell` takes bash's place and start file, `banner` comes apart from the output."""
     assert machine.run("command -v python3 && command -v env").returncode == 0
-    machine.path = str(tmp_path)
-    machine.restart()
-    assert machine.run("command -v python3").returncode == 1
-
-
-def test_another_shell_can_be_set(machine: rig.Sshd) -> None:
-    """With `shell` a session is run by that program, and bash's start file is not read."""
     machine.write_bashrc("echo noise\n")
-    machine.shell = "/bin/sh"
-    machine.restart()
-    assert machine.run('echo "$0" "$SHELL"').stdout == b"/bin/sh /bin/sh\n"
-    machine.shell = "/bin/false"
-    machine.restart()
-    assert machine.run("echo word").returncode == 1
-
-
-def test_banner_is_shown_before_the_session(machine: rig.Sshd) -> None:
-    """A banner comes on standard error, apart from what the command writes."""
-    machine.banner = "Authorised use only\n"
+    machine.shell, machine.path, machine.banner = "/bin/sh", str(tmp_path), "Authorised use only\n"
     machine.client_config.write_text(machine.client_config.read_text().replace("LogLevel ERROR", "LogLevel INFO"))
     machine.restart()
-    done = machine.run("echo word")
+    done = machine.run('echo "$0" "$SHELL"; command -v python3')
+    assert (done.stdout, done.returncode) == (b"/bin/sh /bin/sh\n", 127)
     assert b"Authorised use only" in done.stderr
-    assert done.stdout == b"word\n"
-
-
-def test_machines_share_nothing(machine_room: Room) -> None:
-    """Two machines differ in address, host key and home, and one's client key opens nothing at the other."""
-    first, second = machine_room("first"), machine_room("second")
-    assert first.address != second.address
-    assert first.host_key() != second.host_key()
-    assert first.home != second.home
-    second.known_hosts.write_text(f"rig {first.host_key()}\n")
-    assert b"Permission denied" in second.run("true", via=first).stderr
 
 
 @pytest.mark.parametrize("kind", ["ed25519", "rsa"])
 def test_a_new_host_key_is_refused_until_it_is_pinned(machine_room: Room, kind: str) -> None:
     """After new_host_key() a client that holds the old key refuses, and the fingerprint is the one OpenSSH shows."""
     machine = machine_room(host_keys=[kind])
-    old = machine.host_fingerprint()
     assert machine.run("true").returncode == 0
+    old = machine.host_fingerprint()
     machine.new_host_key()
-    assert machine.run("true").returncode == 255
+    assert b"host key" in machine.run("true").stderr.lower()
     machine.pin()
     assert machine.run("true").returncode == 0
     shown = subprocess.run(["ssh-keygen", "-lf", machine.folder / f"host_{kind}.pub"], capture_output=True, text=True)
-    assert machine.host_fingerprint() in shown.stdout.split()
-    assert old not in shown.stdout.split()
+    assert old != machine.host_fingerprint() == shown.stdout.split()[1]
 
 
-def test_paramiko_is_let_in_with_the_pinned_key(machine: rig.Sshd) -> None:
-    """The library the product uses connects with the host key and the client key the rig names."""
-    with paramiko.Transport(open_to(machine)) as session:
-        session.start_client(timeout=10)
-        assert session.get_remote_server_key().get_base64() == machine.host_key().split()[1]
-        session.auth_publickey(machine.user, paramiko.Ed25519Key(filename=str(machine.key)))
-        assert session.is_authenticated()
-
-
-def test_max_sessions_limits_the_channels_of_a_connection(machine: rig.Sshd) -> None:
-    """With max_sessions 2 the third channel of one connection is refused."""
-    machine.max_sessions = 2
+def test_limits_of_sessions_and_startups(machine: rig.Sshd) -> None:
+    """max_sessions refuses one channel more; max_startups drops a second connection that has not said who it is."""
+    machine.max_sessions, machine.max_startups = 2, "1:100:1"
     machine.restart()
-    with paramiko.Transport(open_to(machine)) as session:
+    with paramiko.Transport(rig.open_to(machine)) as session:
         session.connect(username=machine.user, pkey=paramiko.Ed25519Key(filename=str(machine.key)))
         kept = [session.open_session(timeout=10) for _ in range(2)]
         with pytest.raises(paramiko.ChannelException):
             session.open_session(timeout=10)
         assert len(kept) == 2
-
-
-def test_max_startups_drops_connections(machine: rig.Sshd) -> None:
-    """With max_startups 1:100:1 a second connection is dropped while a first has not said who it is."""
-    machine.max_startups = "1:100:1"
-    machine.restart()
-    with open_to(machine) as first:
+    with rig.open_to(machine) as first:
         assert first.recv(64).startswith(b"SSH-")
-        assert not has_banner(machine)
+        assert not rig.has_banner(machine)
 
 
 def test_a_frozen_machine_hangs_and_thaws(machine: rig.Sshd) -> None:
-    """While it is frozen a machine accepts connections and says nothing; thawed, the same call comes to its end."""
-    with subprocess.Popen(machine.ssh_words("read word; echo $word"), stdin=-1, stdout=-1) as call:
-        assert call.stdin is not None
-        until(lambda: machine.processes())
+    """A frozen machine accepts connections and says nothing, its jobs stand if told so; thawed, the call ends well."""
+    with rig.open_call(machine) as child:
         machine.freeze()
-        call.stdin.write(b"word\n")
-        call.stdin.flush()
+        assert child.stdin is not None
+        child.stdin.write(b"word\n")
         with pytest.raises(subprocess.TimeoutExpired):
-            call.wait(0.3)
+            child.wait(0.3)
         with pytest.raises(TimeoutError):
-            has_banner(machine, timeout_s=0.2)
+            rig.has_banner(machine, timeout_s=0.2)
+        assert {it.state for it in machine.processes()} == {"S"}
+        machine.freeze(jobs=True)
+        assert {it.state for it in machine.processes() + machine.connections()} == {"T"}
         machine.thaw()
-        assert call.communicate(timeout=10)[0] == b"word\n"
-
-
-def test_jobs_can_be_frozen_with_the_machine(machine: rig.Sshd) -> None:
-    """With `jobs` what was started through the machine stands still as well, and goes on after thaw()."""
-    start_daemon(machine)
-    machine.freeze()
-    assert {it.state for it in machine.processes()} == {"S"}
-    machine.freeze(jobs=True)
-    assert {it.state for it in machine.processes() + machine.connections()} == {"T"}
-    machine.thaw()
-    assert "T" not in {it.state for it in machine.processes() + machine.connections()}
+        assert child.communicate(timeout=10)[0] == b"word\n"
 
 
 def test_stop_ends_the_listener_only(machine: rig.Sshd) -> None:
     """After stop() new connections are refused and an open session goes on; start() takes up the same port."""
-    with subprocess.Popen(machine.ssh_words("read word; echo $word"), stdin=-1, stdout=-1) as call:
-        until(lambda: machine.processes())
+    with rig.open_call(machine) as child:
         machine.stop()
         with pytest.raises(ConnectionRefusedError):
-            open_to(machine)
+            rig.open_to(machine)
         machine.start()
-        assert has_banner(machine)
-        assert call.communicate(b"word\n", timeout=10)[0] == b"word\n"
+        assert rig.has_banner(machine)
+        assert child.communicate(b"word\n", timeout=10)[0] == b"word\n"
 
 
 def test_kill_all_cuts_sessions_and_spares_jobs(machine: rig.Sshd) -> None:
     """kill_all() ends calls with "connection lost" at once, leaves no sshd, and what was started goes on."""
-    start_daemon(machine)
-    with subprocess.Popen(machine.ssh_words("exec sleep 299"), stderr=-1) as call:
-        until(lambda: len(machine.processes()) == 3)
+    rig.start_daemon(machine)
+    with rig.open_call(machine, "exec sleep 299") as child:
         machine.kill_all()
-        call.communicate(timeout=5)
-        assert call.returncode == 255
+        child.communicate(timeout=5)
+        assert child.returncode == 255
     assert machine.connections() == []
-    assert len(machine.processes()) == 3
-    machine.start()
-    assert machine.run("true").returncode == 0
+    assert sorted(it.words[1] for it in machine.processes()) == ["299", "300", "300"]
 
 
 def test_reboot_leaves_no_process(machine: rig.Sshd) -> None:
-    """reboot() kills daemons in sessions of their own and their children without the mark, then answers again."""
-    start_daemon(machine)
+    """reboot() kills daemons in sessions of their own, unmarked children too, and the machine answers again."""
+    rig.start_daemon(machine)
     machine.reboot()
     assert machine.processes() == []
     assert machine.run("true").returncode == 0
-    until(lambda: not machine.processes())
+    until(lambda: not machine.processes(), 5)
 
 
-def test_reboot_leaves_other_machines_alone(machine_room: Room) -> None:
-    """What was started through one machine survives the reboot of another."""
+def test_machines_share_nothing(machine_room: Room) -> None:
+    """Two machines differ in address, host key and home; one lets no user of the other in, nor dies with it."""
     first, second = machine_room("first"), machine_room("second")
-    start_daemon(first)
+    assert not {first.address, first.host_key(), first.home} & {second.address, second.host_key(), second.home}
+    rig.start_daemon(first)
     second.reboot()
     assert len(first.processes()) == 2
+    second.known_hosts.write_text(f"rig {first.host_key()}\n")
+    assert b"Permission denied" in second.run("true", via=first).stderr
 
 
 def test_nothing_is_alive_after_the_block(tmp_path: Path) -> None:
-    """When its block is left a machine has no sshd, no session and no daemon any more, frozen or not."""
+    """When its block is left by an error a machine has no sshd, session or daemon any more, frozen or not."""
     rig.need_sshd()
-    with pytest.raises(KeyError), rig.Sshd(tmp_path / "machine") as machine:
-        start_daemon(machine)
-        listener = machine.connections()[0].pid
+    with contextlib.suppress(KeyError), rig.Sshd(tmp_path / "machine") as machine:
+        rig.start_daemon(machine)
+        pids = [it.pid for it in machine.connections() + machine.processes()]
         machine.freeze(jobs=True)
         raise KeyError
-    assert machine.connections() + machine.processes() == []
-    assert not Path(f"/proc/{listener}").exists()
+    assert len(pids) == 3
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), 5)
 
 
-# ---- the proxy
-
-
-@pytest.fixture
-def talker() -> Iterator[Callable[[bytes], Place]]:
-    """Makes servers that send `data`, read until the client has ended, send what they read, and end."""
-    with closing(_Talkers()) as talkers:
-        yield talkers.make
-
-
-class _Talkers:
-    def __init__(self) -> None:
-        self.threads: list[threading.Thread] = []
-        self.listeners: list[socket.socket] = []
-        self.heard: list[int] = []
-
-    def make(self, data: bytes) -> Place:
-        place = Place(*free_address())
-        listener = socket.create_server((place.address, place.port))
-        self.listeners.append(listener)
-        self.thread(self.accept, listener, data)
-        return place
-
-    def thread(self, work: Callable[..., None], *values: object) -> None:
-        self.threads.append(threading.Thread(target=work, args=values))
-        self.threads[-1].start()
-
-    def accept(self, listener: socket.socket, data: bytes) -> None:
-        while True:
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                return
-            client.settimeout(10)
-            self.thread(self.talk, client, data)
-
-    def talk(self, client: socket.socket, data: bytes) -> None:
-        heard = b""
-        with client:
-            try:
-                client.sendall(data)
-                while piece := client.recv(1 << 16):
-                    heard += piece
-                client.sendall(heard)
-            except OSError:
-                return
-
-    def close(self) -> None:
-        for listener in self.listeners:
-            listener.shutdown(socket.SHUT_RDWR)
-            listener.close()
-        for thread in self.threads:
-            thread.join(10)
-            assert not thread.is_alive()
-
-
-def echo(connection: socket.socket, data: bytes) -> bytes:
-    """What comes back for `data`, read while it is sent."""
-    sender = threading.Thread(target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR)))
-    sender.start()
-    answer = b""
-    while piece := connection.recv(1 << 16):
-        answer += piece
-    sender.join(10)
-    return answer
-
-
-def test_bytes_pass_unchanged(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
+def test_bytes_pass_unchanged(proxies: Proxies, talkers: Talkers) -> None:
     """Without any fault all bytes arrive in order, a half-closed connection stays open, and all is counted."""
-    proxy = proxies(talker(b"hello"))
-    data = Random(1).randbytes(3_000_001)
-    with open_to(proxy) as connection:
-        assert echo(connection, data) == b"hello" + data
-    until(lambda: proxy.open_now == 0)
+    proxy, data = proxies(talkers(b"hello")), bytes(range(251)) * 12_000
+    with rig.open_to(proxy) as connection:
+        assert rig.echo(connection, data) == b"hello" + data
+    until(lambda: proxy.open_now == 0, 5)
     assert (proxy.connections, proxy.bytes_up, proxy.bytes_down, proxy.cuts) == (1, len(data), len(data) + 5, 0)
 
 
 @pytest.mark.parametrize("how", ["rst", "fin"])
-@pytest.mark.parametrize("count", [0, 1, 4096, 300_001])
-def test_down_is_cut_after_exactly_n_bytes(
-    proxies: Proxies, talker: Callable[[bytes], Place], count: int, how: How
-) -> None:
-    """The client receives exactly n bytes, then a reset or an orderly end."""
-    proxy = proxies(talker(b"x" * 1_000_000))
-    proxy.cut_after(count, "down", how)
-    with open_to(proxy) as connection:
-        assert read_all(connection) == (count, how)
-    assert (proxy.bytes_down, proxy.cuts) == (count, 1)
-
-
-@pytest.mark.parametrize("how", ["rst", "fin"])
-@pytest.mark.parametrize("count", [0, 1, 4096, 300_001])
-def test_up_is_cut_after_exactly_n_bytes(proxies: Proxies, count: int, how: How) -> None:
-    """The server receives exactly n bytes, then a reset or an orderly end; before the first byte it sees no client."""
-    place = Place(*free_address())
+@pytest.mark.parametrize("way", ["up", "down"])
+@pytest.mark.parametrize("count", [1, 4096, 300_001])
+def test_a_connection_is_cut_after_exactly_n_bytes(proxies: Proxies, count: int, way: Way, how: How) -> None:
+    """The receiver gets exactly n bytes, then a reset or an orderly end."""
+    place = rig.Place(*free_address())
     with socket.create_server((place.address, place.port)) as listener:
-        listener.settimeout(5)
         proxy = proxies(place)
-        proxy.cut_after(count, "up", how)
-        with open_to(proxy) as connection:
-            sender = threading.Thread(target=lambda: pytest.raises(OSError, connection.sendall, b"x" * 50_000_000))
-            if count:
-                sender.start()
-                server, _ = listener.accept()
-                with server:
-                    server.settimeout(5)
-                    assert read_all(server) == (count, how)
-            until(lambda: proxy.cuts == 1)
-            proxy.close()
-            if count:
-                sender.join(10)
-                assert not sender.is_alive()
-    assert proxy.bytes_up == count
+        proxy.cut_after(count, way, how)
+        with rig.open_to(proxy) as client, listener.accept()[0] as server:
+            source, sink = (client, server) if way == "up" else (server, client)
+            sender = threading.Thread(target=rig.push, args=(source, b"x" * 1_000_000))
+            sender.start()
+            assert rig.read_all(sink) == (count, how)
+            sender.join(10)
+    assert (proxy.bytes_up + proxy.bytes_down, proxy.cuts) == (count, 1)
 
 
-def test_only_the_named_connection_is_cut(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
-    """A budget for the second connection leaves the first and the third whole."""
-    proxy = proxies(talker(b"x" * 100_000))
+def test_only_the_named_connection_is_cut(proxies: Proxies, talkers: Talkers) -> None:
+    """A budget for the second connection leaves the others whole; set on an open one, it counts from then on."""
+    proxy = proxies(talkers(b"x" * 1000))
     proxy.cut_after(777, "down", connection=2)
-    counts = []
-    for _ in range(3):
-        with open_to(proxy) as connection:
+    for ending in [(1000, "fin"), (777, "rst"), (1000, "fin")]:
+        with rig.open_to(proxy) as connection:
             connection.shutdown(socket.SHUT_WR)
-            counts.append(read_all(connection))
-    assert counts == [(100_000, "fin"), (777, "rst"), (100_000, "fin")]
-
-
-def test_a_budget_of_an_open_connection_counts_from_now(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
-    """cut_after() in the middle of a connection spares what has passed before."""
-    proxy = proxies(talker(b"hello"))
-    with open_to(proxy) as connection:
-        assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
-        proxy.cut_after(3, "down")
-        connection.sendall(b"abcdef")
-        connection.shutdown(socket.SHUT_WR)
-        assert read_all(connection) == (3, "rst")
+            assert rig.read_all(connection) == ending
+    with rig.open_to(proxy) as connection:
+        assert len(connection.recv(1000, socket.MSG_WAITALL)) == 1000
+        proxy.cut_after(3, "down", connection=4)
+        rig.push(connection, b"abcdef")
+        assert rig.read_all(connection) == (3, "rst")
 
 
 @pytest.mark.parametrize("how", ["rst", "fin"])
-def test_cut_ends_open_connections(proxies: Proxies, talker: Callable[[bytes], Place], how: How) -> None:
-    """cut() ends what is open now, and the next connection is whole."""
-    proxy = proxies(talker(b"hello"))
-    with open_to(proxy) as connection:
+def test_connections_can_be_ended_at_once(proxies: Proxies, talkers: Talkers, how: How) -> None:
+    """cut() ends what is open now; a budget of 0 ends a new connection before the target sees one."""
+    target = proxies(talkers(b"hello"))
+    proxy = proxies(target)
+    with rig.open_to(proxy) as connection:
         assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
         proxy.cut(how)
-        assert read_all(connection) == (0, how)
-    with open_to(proxy) as connection:
-        assert echo(connection, b"again") == b"helloagain"
-    assert proxy.cuts == 1
+        assert rig.read_all(connection) == (0, how)
+    proxy.cut_after(0, "up", how)
+    with contextlib.suppress(ConnectionResetError), rig.open_to(proxy) as connection:
+        assert rig.read_all(connection) == (0, how)
+    until(lambda: proxy.cuts == 2, 5)
+    assert target.connections == 1
 
 
-def test_a_black_hole_holds_everything_and_heals(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
+def test_a_black_hole_holds_everything_and_heals(proxies: Proxies, talkers: Talkers) -> None:
     """In a black hole open and new connections stay open and silent, ends too; healed, every byte arrives."""
-    proxy = proxies(talker(b"hello"))
-    with open_to(proxy) as before, open_to(proxy) as idle:
-        assert before.recv(5, socket.MSG_WAITALL) + idle.recv(5, socket.MSG_WAITALL) == b"hellohello"
+    proxy = proxies(talkers(b"hello"))
+    with rig.open_to(proxy) as before:
+        assert before.recv(5, socket.MSG_WAITALL) == b"hello"
         proxy.black_hole()
-        before.sendall(b"word")
-        before.shutdown(socket.SHUT_WR)
-        with open_to(proxy) as after:
+        rig.push(before, b"word")
+        with rig.open_to(proxy) as after:
             for connection in (before, after):
                 connection.settimeout(0.15)
                 with pytest.raises(TimeoutError):
                     connection.recv(1)
-            assert (proxy.bytes_up, proxy.bytes_down, proxy.open_now) == (0, 10, 3)
+                connection.settimeout(5)
+            assert (proxy.bytes_up, proxy.bytes_down, proxy.open_now) == (0, 5, 2)
             proxy.heal()
-            before.settimeout(5)
-            after.settimeout(5)
-            assert read_all(before) == (4, "fin")
+            assert rig.read_all(before) == (4, "fin")
             assert after.recv(5, socket.MSG_WAITALL) == b"hello"
 
 
-@pytest.mark.parametrize(("ways", "least_s"), [(["up"], 0.15), (["up", "down"], 0.3)])
-def test_latency_is_measured(
-    proxies: Proxies, talker: Callable[[bytes], Place], ways: list[Way], least_s: float
-) -> None:
-    """A byte there and back takes the delay of each direction that has one, and bulk is not slowed by as much."""
-    proxy = proxies(talker(b""))
-    with open_to(proxy) as connection:
-        proxy.delay(0.15, ways)
+def test_latency_is_measured(proxies: Proxies, talkers: Talkers) -> None:
+    """Bytes there and back take the delay of each direction, once and not per piece."""
+    proxy = proxies(talkers(b""))
+    proxy.delay(0.1, ["up"])
+    proxy.delay(0.2, ["down"])
+    with rig.open_to(proxy) as connection:
         began = time.monotonic()
-        assert len(echo(connection, b"x" * 2_000_000)) == 2_000_000
-        assert least_s <= time.monotonic() - began < least_s + 1.0
+        assert len(rig.echo(connection, b"x" * 500_000)) == 500_000
+        assert 0.3 <= time.monotonic() - began < 0.9
 
 
-def test_throttle_holds_its_rate(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
+def test_throttle_holds_its_rate(proxies: Proxies, talkers: Talkers) -> None:
     """At 400 kB/s 200 kB take half a second; lifted in mid-way, the rest comes at once."""
-    proxy = proxies(talker(b"x" * 200_000))
-    proxy.throttle(400_000, ["down"])
-    with open_to(proxy) as connection:
-        connection.shutdown(socket.SHUT_WR)
-        began = time.monotonic()
-        assert read_all(connection) == (200_000, "fin")
-        assert 0.45 <= time.monotonic() - began < 0.8
-    proxy.throttle(1000)
-    with open_to(proxy) as connection:
-        connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(1)
-        began = time.monotonic()
-        proxy.pass_all()
-        read_all(connection)
-        assert time.monotonic() - began < 1.0
+    proxy = proxies(talkers(b"x" * 200_000))
+    for bytes_per_s, least_s, most_s in [(400_000, 0.45, 0.9), (1000, 0.0, 0.5)]:
+        proxy.throttle(bytes_per_s, ["down"])
+        with rig.open_to(proxy) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            began = time.monotonic()
+            count = len(connection.recv(10, socket.MSG_WAITALL))
+            if bytes_per_s == 1000:
+                proxy.pass_all()
+            assert count + rig.read_all(connection)[0] == 200_000
+            assert least_s <= time.monotonic() - began < most_s
 
 
-def test_refuse_and_accept(proxies: Proxies, talker: Callable[[bytes], Place]) -> None:
-    """While it refuses, new connections fail at once and an open one goes on; then the same port answers again."""
-    proxy = proxies(talker(b"hello"))
-    with open_to(proxy) as connection:
+def test_refuse_and_accept(proxies: Proxies, talkers: Talkers) -> None:
+    """While it refuses, new connections fail at once and an open one goes on; then it answers, by a reset if alone."""
+    proxy = proxies(talkers(b"hello"))
+    with rig.open_to(proxy) as connection:
         assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
         proxy.refuse()
         with pytest.raises(ConnectionRefusedError):
-            open_to(proxy)
-        assert echo(connection, b"word") == b"word"
+            rig.open_to(proxy)
+        assert rig.echo(connection, b"word") == b"word"
     proxy.accept()
-    with open_to(proxy) as connection:
-        assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
+    proxy.target = rig.Place(*free_address())
+    with rig.open_to(proxy) as connection:
+        assert rig.read_all(connection) == (0, "rst")
 
 
-def test_a_missing_target_is_a_reset(proxies: Proxies) -> None:
-    """When nobody listens behind the proxy its client is reset."""
-    proxy = proxies(Place(*free_address()))
-    with open_to(proxy) as connection:
-        assert read_all(connection) == (0, "rst")
-
-
-def test_a_proxy_leaves_nothing_behind(talker: Callable[[bytes], Place]) -> None:
+def test_a_proxy_leaves_nothing_behind(talkers: Talkers) -> None:
     """After its block a proxy has no thread, no open file and no connection, whatever state it was in."""
-    place = talker(b"x" * 10_000_000)
-    descriptors = Path("/proc/self/fd")
+    place, descriptors = talkers(b"x" * 10_000_000), Path("/proc/self/fd")
     before = threading.active_count(), len(list(descriptors.iterdir()))
-    with rig.Proxy(place) as proxy:
+    with rig.Proxy(place) as proxy, rig.open_to(proxy), rig.open_to(proxy) as connection:
         proxy.throttle(1000)
-        with open_to(proxy), open_to(proxy) as connection:
-            assert connection.recv(1)
-            proxy.black_hole()
-            proxy.close()
+        assert connection.recv(1)
+        proxy.black_hole()
+        proxy.close()
     until(lambda: (threading.active_count(), len(list(descriptors.iterdir()))) == before, 5)
     with pytest.raises(ConnectionRefusedError):
-        open_to(proxy)
+        rig.open_to(proxy)
 
 
 def test_ssh_through_a_proxy_that_cuts(machine: rig.Sshd, proxies: Proxies) -> None:
@@ -551,26 +316,22 @@ def test_ssh_through_a_proxy_that_cuts(machine: rig.Sshd, proxies: Proxies) -> N
     assert machine.run("echo word", via=proxy).stdout == b"word\n"
     proxy.cut_after(100_000, "down")
     done = machine.run("head -c 1000000 /dev/zero", via=proxy)
-    assert done.returncode == 255
+    assert (done.returncode, proxy.cuts) == (255, 1)
     assert len(done.stdout) < 100_000
-    assert proxy.cuts == 1
-
-
-# ---- the wire
 
 
 def test_a_dropped_wire_is_silent_and_heals(wires: Wires) -> None:
-    """With drop() a connect times out and a session hangs; healed, both go on."""
-    wire = wires()
-    with subprocess.Popen(wire.sshd.ssh_words("read word; echo $word"), stdin=-1, stdout=-1) as call:
-        until(lambda: wire.sshd.processes())
+    """With drop() a connect times out, a session hangs and another wire is well; healed, both go on."""
+    wire, other = wires("dropped"), wires("other")
+    with rig.open_call(wire.sshd) as child:
         wire.drop()
         with pytest.raises(TimeoutError):
-            open_to(wire, timeout_s=0.3)
-        assert call.poll() is None
+            rig.open_to(wire, timeout_s=0.3)
+        assert rig.has_banner(other)
+        assert child.poll() is None
         wire.heal()
-        assert has_banner(wire)
-        assert call.communicate(b"word\n", timeout=10)[0] == b"word\n"
+        assert rig.has_banner(wire)
+        assert child.communicate(b"word\n", timeout=10)[0] == b"word\n"
 
 
 def test_packets_are_lost_at_random(wires: Wires) -> None:
@@ -585,80 +346,55 @@ def test_packets_are_lost_at_random(wires: Wires) -> None:
     assert 90 <= int(listed.splitlines()[2].split()[0]) <= 210
 
 
-def test_a_rejecting_wire_resets(wires: Wires) -> None:
-    """With reject_rst() an open connection is reset by its next byte and a new one is refused."""
+def test_a_wire_rejects_and_its_link_goes_down(wires: Wires) -> None:
+    """reject_rst() resets an open connection at its next byte and refuses new ones; a link that is down is silent."""
     wire = wires()
-    with open_to(wire) as connection:
+    with rig.open_to(wire) as connection:
         assert connection.recv(64).startswith(b"SSH-")
         wire.reject_rst()
         connection.sendall(b"x")
-        assert read_all(connection)[1] == "rst"
+        assert rig.read_all(connection) == (0, "rst")
     with pytest.raises(ConnectionRefusedError):
-        open_to(wire)
+        rig.open_to(wire)
     wire.heal()
-    assert has_banner(wire)
-
-
-def test_a_link_goes_down_and_up(wires: Wires) -> None:
-    """With its link down the machine cannot be reached; with the link up the same address answers again."""
-    wire = wires()
-    assert has_banner(wire)
     wire.link_down()
-    with pytest.raises(OSError, match="timed out|No route"):
-        open_to(wire, timeout_s=0.3)
+    with pytest.raises(OSError, match=SILENT):
+        rig.open_to(wire, timeout_s=0.3)
     wire.link_up()
-    assert wire.sshd.run("echo word").stdout == b"word\n"
+    assert rig.has_banner(wire)
 
 
-def test_a_machine_changes_its_address(wires: Wires) -> None:
-    """After change_address() the old address is silent and the new one leads to the same machine."""
+def test_either_end_changes_its_address(wires: Wires) -> None:
+    """A changed address is silent at once, for open connections too; the new one leads to the same machine."""
     wire = wires()
-    old = Place(wire.address, wire.port)
+    old = rig.Place(wire.address, wire.port)
     assert wire.change_address() == wire.address != old.address
-    assert wire.sshd.run("echo word").stdout == b"word\n"
-    with pytest.raises(OSError, match="timed out|No route"):
-        open_to(old, timeout_s=0.3)
-
-
-def test_the_laptop_changes_its_address(wires: Wires) -> None:
-    """After change_own_address() an open connection gets no answer any more, and new ones come from the new address."""
-    wire = wires()
-    with open_to(wire) as connection:
+    with pytest.raises(OSError, match=SILENT):
+        rig.open_to(old, timeout_s=0.3)
+    with rig.open_to(wire) as connection:
         assert connection.recv(64).startswith(b"SSH-")
         new = wire.change_own_address()
         connection.settimeout(0.3)
-        with pytest.raises(OSError, match="timed out|unreachable|Invalid argument"):
-            echo(connection, b"SSH-2.0-x\r\n")
+        with pytest.raises(OSError, match=SILENT):
+            rig.echo(connection, b"SSH-2.0-x\r\n")
     assert wire.sshd.run("echo $SSH_CLIENT").stdout.decode().split()[0] == new
 
 
 def test_nothing_is_left_of_a_wire(tmp_path: Path) -> None:
-    """When its block is left, by an error too, a wire's namespace, cards and processes are gone."""
+    """When its block is left by an error a wire's namespace, cards and processes are gone."""
     rig.need_wires()
-    with pytest.raises(KeyError), rig.Wire(tmp_path / "wire") as wire:
-        start_daemon(wire.sshd)
+    with contextlib.suppress(KeyError), rig.Wire(tmp_path / "wire") as wire:
+        rig.start_daemon(wire.sshd)
         wire.drop()
         raise KeyError
-    assert wire.sshd.connections() + wire.sshd.processes() == []
-    shown = [subprocess.run(["ip", *words], capture_output=True, text=True) for words in (["netns"], ["link"])]
-    assert wire.name not in shown[0].stdout
-    assert wire.name.removeprefix("rig-") not in shown[1].stdout
-
-
-def test_two_wires_at_once(wires: Wires) -> None:
-    """Two wires do not disturb each other."""
-    first, second = wires("first"), wires("second")
-    first.drop()
-    assert has_banner(second)
-    assert (
-        hashlib.sha256(second.sshd.run("head -c 5000000 /dev/zero").stdout).digest()
-        == hashlib.sha256(bytes(5_000_000)).digest()
-    )
+    assert wire.sshd.processes() == []
+    for what in ("netns", "link"):
+        shown = subprocess.run(["ip", what], capture_output=True, text=True, check=True).stdout
+        assert wire.name.removeprefix("rig-") not in shown
 
 
 def test_skips_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Without sshd a test that asks for machines is skipped with the line that installs it."""
-    monkeypatch.setattr(rig.sshd, "sshd_program", lambda: None)
+    monkeypatch.setattr("tests.rig.sshd.sshd_program", lambda: None)
     with pytest.raises(pytest.skip.Exception, match="apt-get install openssh-server"):
         next(rig.machine_room(tmp_path))
-    assert os.path.lexists(sys.executable)

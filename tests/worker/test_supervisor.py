@@ -18,7 +18,7 @@ import pytest
 from jobs import durable, locks, rows, rundir, spec
 from orchestrator import advance, config, machines, transport
 from orchestrator.runs import Run
-from tests.conftest import until
+from tests.waiting import until
 from worker import processes
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and the subreaper of Linux")
