@@ -50,7 +50,7 @@ class Channel:
                 self._channel.sendall(piece)
         except TimeoutError:
             raise NotReachable(f"{self._where} takes no data any more.") from None
-        except OSError:  # the command ended, or the connection did: what it said tells which
+        except (OSError, EOFError):  # the command ended, or the connection did: what it said tells which
             return
 
     def end_input(self) -> None:
@@ -82,8 +82,9 @@ class Channel:
         self._buffer += chunk
         if chunk and len(self._buffer) < _NOISE_MAX_BYTES:
             return
-        self.code(deadline)  # raises when the connection was lost
-        said = last_line(self._buffer + b"\n" + self._complaint())
+        if not chunk:
+            self.code(deadline)  # raises when the connection was lost
+        said = last_line(self._buffer[-_CHUNK_BYTES:] + b"\n" + self._complaint()) or "nothing"
         raise ConfigError(
             f"The login shell of {self._where} ended, or goes on talking, before the command ran. It said: {said}",
             "Its login files (.bashrc, .profile) must do nothing when no terminal is there: no tmux, no exec, no exit.",
@@ -111,7 +112,8 @@ class Channel:
 
     def close(self) -> None:
         """End the command's input and output; it is told by the end of its input."""
-        self._channel.close()
+        with contextlib.suppress(OSError, EOFError):  # the connection may be gone
+            self._channel.close()
 
     def _complaint(self) -> bytes:
         said = b""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jobs import durable
 from orchestrator import clock, machines, ssh, ssh_config
 from orchestrator.channel import HANDSHAKE_S, Channel
-from orchestrator.errors import BadAnswer, ConfigError, GpuError, UsageError
+from orchestrator.errors import BadAnswer, ConfigError, GpuError, NotReachable, UsageError
 from orchestrator.machines import Record
 from orchestrator.ssh import SshMachine
 
@@ -79,6 +79,14 @@ class Found:
 
 def add(asked: Asked) -> Record:
     """Make the machine's folder; nothing is left of it when something is not right. Raises GpuError."""
+    try:
+        return _add(asked)
+    except NotReachable as error:
+        where = f"-p {asked.address.port} {asked.address.user}@{asked.address.host}"
+        raise NotReachable(error.message, f"Check host and port. Does this work: ssh {where}") from None
+
+
+def _add(asked: Asked) -> Record:
     machines.check_name(asked.name)
     with machines.locked():
         target = machines.folder(asked.name)

@@ -207,7 +207,7 @@ class Masker:
             self._in_mask = self._in_mask and start == at
             if not self._in_mask:
                 pieces.append(MASK.encode())
-            self._in_mask, at = True, min(stop, end)
+            self._in_mask, at = True, stop
         if at < end:
             pieces.append(data[at:end])
             self._in_mask = False

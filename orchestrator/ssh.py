@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import socket
 import sys
@@ -20,6 +21,7 @@ from orchestrator.transport import CALL_DEADLINE_S, Data
 if TYPE_CHECKING:
     import paramiko
 
+logging.getLogger("paramiko").addHandler(logging.NullHandler())  # what it logs, our errors say
 CONNECT_S = 10.0
 """For the TCP connection alone; the handshake has its own."""
 _DEAD_PEER_MS = 15_000
@@ -64,6 +66,8 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
         raise ConfigError(*_refused(settings, error)) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
         client.close()
+        if "No authentication methods" in str(error):
+            raise ConfigError(*_refused(settings, "there is none.")) from None
         if "not found in known_hosts" in str(error):
             raise HostKeyChanged(*_changed(host, "a key of another kind", "the one pinned")) from None
         raise NotReachable(f"{host} port {port} does not answer as an SSH server: {error or 'it hung up'}.") from None
@@ -95,7 +99,7 @@ def _changed(host: str, now: str, pinned: str) -> tuple[str, str]:
     )
 
 
-def _refused(settings: dict[str, Any], error: Exception) -> tuple[str, str]:
+def _refused(settings: dict[str, Any], error: object) -> tuple[str, str]:
     where = f"{settings['user']}@{settings['hostname']}"
     key = settings.get("identityfile", ["of your agent or ~/.ssh"])[0]
     return (

@@ -105,11 +105,11 @@ def counting_run(counting_agent: str) -> Iterator[Callable[..., Run]]:
     """Makes runs of the counting story; at the end of the test all of them are stopped."""
     made: list[Run] = []
 
-    def make(**params: Any) -> Run:
+    def make(on: str = machines.LOCAL, **params: Any) -> Run:
         run_id = runs.new_run_id("counting", None)
         job = {"schema": spec.SCHEMA, "run_id": run_id, "job": "counting", "story": "counting", "task": "t"}
         job |= {"params": {"count": 20, "model": "none", **params}, "limit": None}
-        record = Record(run_id, "counting", "local", counting_agent, sys.executable, str(Path.cwd()), "2026-01-01")
+        record = Record(run_id, "counting", on, counting_agent, sys.executable, str(Path.cwd()), "2026-01-01")
         made.append(runs.create(record, job))
         return made[-1]
 

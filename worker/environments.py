@@ -41,7 +41,7 @@ class Talk:
     """Lines of JSON to whoever asked, a beat when there is no news, and the notice that they left."""
 
     def __init__(self, out: BinaryIO, source: int | None) -> None:
-        """`source` is the descriptor whose end means that the asker left; None: they do not say."""
+        """`source` is the descriptor whose end means that the asker left; None: one answer is wanted, without beats."""
         self._out = out
         self._source = source
         self._said_at = time.monotonic()
@@ -62,9 +62,11 @@ class Talk:
 
     def tick(self) -> None:
         """Send a beat when one is due; raises Gone when the asker left."""
+        if self._source is None:
+            return
         if time.monotonic() - self._said_at >= _BEAT_S:
             self.send({"beat": True})
-        if self._source is not None and select.select([self._source], [], [], 0)[0] and not os.read(self._source, 4096):
+        if select.select([self._source], [], [], 0)[0] and not os.read(self._source, 4096):
             raise Gone
 
 

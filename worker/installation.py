@@ -145,7 +145,7 @@ class Builder:
         self.place = place
         self.held = held
         self.pins = Lock(Path(plan.lock), Path(plan.lock).read_text(encoding="utf-8"))
-        self.mark = f"environment-{plan.digest}"
+        self.mark = str(place.folder)  # not the digest alone: another root of this user may have the same
 
     def say(self, text: str) -> None:
         """A line of our own in the log."""

@@ -88,12 +88,13 @@ class _Child:
             self._take_line(line)
 
     def _take_line(self, line: str) -> None:
-        if not line.startswith(_MARK):
+        frame = None
+        with contextlib.suppress(ValueError):
+            frame = json.loads(line[len(_MARK) :]) if line.startswith(_MARK) else None
+        if not isinstance(frame, dict):
             self.said = f"{self.said}{line}\n"[-20_000:]
-            return
-        frame = json.loads(line[len(_MARK) :])
-        if "progress" in frame:
-            self.asker.say(frame["progress"])
+        elif "progress" in frame:
+            self.asker.say(str(frame["progress"]))
         else:
             self.frames.append(frame)
 

@@ -165,6 +165,7 @@ def test_the_same_state_gives_the_same_bytes(laptop: Switch, tmp_path: Path) -> 
     transfer.export_state(tmp_path / "a", False)
     transfer.export_state(tmp_path / "b", False)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").read_bytes()[4:8] == bytes(4)  # no time
 
 
 def test_what_does_not_travel(laptop: Switch, tmp_path: Path) -> None:

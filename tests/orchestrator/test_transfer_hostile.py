@@ -109,7 +109,13 @@ def test_the_hostile_archives_are_refused_for_their_fault_alone(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "contents",
-    [[], {"format": 2}, {"format": 1}, {"format": 1, "files": {}}, {"format": 1, "files": {"runs/a.json": ""}}],
+    [
+        [],
+        {"format": 1},
+        {"format": 1, "files": {}},
+        {"format": 1, "files": {"runs/a.json": ""}},
+        {"format": 2, "files": {"runs/a.json": hashlib.sha256(RUN).hexdigest()}},
+    ],
 )
 def test_contents_that_do_not_match_are_refused(tmp_path: Path, contents: Any) -> None:
     """An archive whose list of files is of another version, incomplete or wrong is refused."""

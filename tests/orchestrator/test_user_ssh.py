@@ -110,7 +110,7 @@ def test_a_state_folder_that_cannot_be_written_down_is_refused(
 @given(
     st.lists(
         st.sampled_from(
-            [b"Host *", b"LINE", b"  LINE", b"\r", b"\n", b"\r\n", b" ", b"User x", b"# \xff", b"Match all", b"host=a"]
+            [b"Host *\n", b"LINE\n", b"  LINE\r\n", b"LINE", b"\r", b"\n", b" ", b"User x", b"# \xff", b"Match all\n"]
         ),
         max_size=8,
     ).map(b"".join)
@@ -133,6 +133,27 @@ def test_what_is_undone_is_as_before(content: bytes) -> None:
         assert once.endswith(content)
         assert user_ssh.undo("box", home)
         assert everything(home) == {".ssh": (0o755, False), ".ssh/config": (0o640, content)}
+
+
+def test_a_line_that_holds_for_one_host_only_does_not_count(home: Path) -> None:
+    """Where our line stands in a Host block already, ssh finds the machine all the same, and undo keeps that one."""
+    path = home / ".ssh" / "config"
+    path.write_text(f"Host other\n{line()}\n")
+    machine()
+    user_ssh.set_up("box", home)
+    assert asked(home, "gpu-box")["hostname"] == "203.0.113.7"
+    user_ssh.undo("box", home)
+    assert path.read_text() == f"Host other\n{line()}\n"
+
+
+def test_a_line_added_by_hand_counts(home: Path) -> None:
+    """A line that the user pasted before every Host block is found, and is not taken out by undo."""
+    path = home / ".ssh" / "config"
+    path.write_text(f"# by hand\n{line()}\nHost other\n")
+    machine()
+    user_ssh.set_up("box", home)
+    user_ssh.undo("box", home)
+    assert path.read_text() == f"# by hand\n{line()}\nHost other\n"
 
 
 def test_what_was_made_is_removed_again(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def found(folder: Path) -> dict[str, bytes | str]:
         for path in (Path(top, name) for name in [*folders, *names]):
             name = path.relative_to(folder).as_posix()
             if path.is_symlink():
-                files[name] = str(path.readlink())
+                files[name] = os.readlink(path)  # noqa: PTH115 -- pathlib would tidy it up
             elif path.is_file():
                 files[name] = path.read_bytes()
     return files

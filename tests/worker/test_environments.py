@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,142 +18,20 @@ from typing import Any
 import pytest
 
 from jobs import locks
-from tests.conftest import ROOT
 from tests.waiting import until
-from worker import environments, interpreters
-from worker.installation import Place
-
-VERSION = ".".join(map(str, sys.version_info[:2]))
-MAIN = str(ROOT / "worker" / "__main__.py")
-TINY = "# packages: idna\n# gb_cpu: 0.05\nidna==3.10\n"
-"""A lock that makes a real environment of one small package."""
-BUILD_S = 90.0
-Frame = dict[str, Any]
-
-
-class Asking:
-    """A process that asks for an environment, as the laptop starts it."""
-
-    def __init__(self, root: Path, pins: Path, **variables: str) -> None:
-        words = [sys.executable, "-I", "-X", "utf8", MAIN, "environment", str(root), str(pins)]
-        env = {**os.environ, **variables}
-        self.child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-        assert self.child.stdin is not None
-        self.child.stdin.write(b'{"kind": "train"}\n')
-        self.child.stdin.flush()
-        self.said: list[str] = []
-        self._buffer = b""
-
-    def frame(self, within_s: float = BUILD_S) -> Frame:
-        """The next frame; fails the test when none comes."""
-        assert self.child.stdout is not None
-        deadline = time.monotonic() + within_s
-        while b"\n" not in self._buffer:
-            assert select.select([self.child.stdout], [], [], max(deadline - time.monotonic(), 0))[0], "it fell silent"
-            self._buffer += os.read(self.child.stdout.fileno(), 65536)
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        frame: Frame = json.loads(line)
-        if "progress" in frame:
-            self.said.append(frame["progress"])
-        return frame
-
-    def last(self) -> Frame:
-        """The frame that ends it."""
-        while not ({"ready", "failed"} & (frame := self.frame()).keys()):
-            pass
-        return frame
-
-    def leave(self) -> None:
-        """End its input, as a connection that closes does."""
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-
-
-@contextlib.contextmanager
-def asking(root: Path, pins: Path, **variables: str) -> Iterator[Asking]:
-    """Someone who asks, gone at the end of the block."""
-    asked = Asking(root, pins, **variables)
-    try:
-        yield asked
-    finally:
-        asked.child.kill()
-        for pipe in (asked.child.stdin, asked.child.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-        asked.child.wait()
-
-
-def machine(folder: Path, lock: str = TINY) -> tuple[Path, Path]:
-    """A machine's root where it is known that uv cannot be had, and a folder with a lock for this Python."""
-    root, pins = folder / "root", folder / "pins"
-    (root / "environments").mkdir(parents=True)
-    pins.mkdir()
-    (pins / f"train-{VERSION}.txt").write_text(lock, encoding="utf-8")
-    (root / "environments" / "no-uv.json").write_text(json.dumps({"at": time.time()}), encoding="utf-8")
-    return root, pins
-
-
-def python_that(folder: Path, on_venv: str) -> str:
-    """A PATH where the Python of this version is a script that says so, and does as told when it is to make a venv."""
-    folder.mkdir()
-    script = folder / f"python{VERSION}"
-    said = f"printf '%s\\n' {VERSION} {script} True"
-    script.write_text(f'#!/bin/sh\nif [ "$2" = -c ]; then {said}; exit; fi\n{on_venv}\n', encoding="utf-8")
-    script.chmod(0o755)
-    return f"{folder}:{os.environ['PATH']}"
-
-
-def quick_python(folder: Path) -> str:
-    """A PATH where the Python of this version makes real environments quickly: their pip is copied from the tests'."""
-    found = importlib.util.find_spec("pip")
-    assert found is not None
-    assert found.origin is not None
-    pip = Path(found.origin).parent
-    site = f'"$4/lib/python{VERSION}/site-packages/"'
-    copy = f"cp -R {pip} {pip.parent}/pip-*.dist-info {site}"
-    return python_that(folder, f'{sys.executable} -I -m venv --without-pip "$4" && {copy}')
-
-
-def builder(root: Path) -> int | None:
-    """The process that builds there, by its command line."""
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if (entry / "cmdline").read_bytes().rstrip(b"\0").endswith(f"\0build\0{root}".encode()):
-                return int(entry.name)
-    return None
-
-
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[1])
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and nobody has asked about does not."""
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def place(root: Path) -> Place:
-    [lock] = [path for path in (root / "environments").glob("*.lock") if path.stem != "choosing"]
-    return Place(root / "environments", lock.stem)
-
-
-def made_once(where: Place) -> int:
-    """The process that made it, by the only such line of the log."""
-    [line] = [line for line in where.log.read_text(encoding="utf-8").splitlines() if line.startswith("making")]
-    return int(line.rpartition("process ")[2].rstrip(")"))
+from tests.worker import building
+from tests.worker.building import TINY, VERSION, asking, builder, is_alive, made_once, place
+from worker import environments, interpreters, processes
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An environment that three asked for at once: one was killed and one left while it was made, the third stayed."""
     folder = tmp_path_factory.mktemp("machine")
-    root, pins = machine(folder)
+    root, pins = building.machine(folder)
     elsewhere = str(folder / "elsewhere")
     variables = {
-        "PATH": quick_python(folder / "bin"),
+        "PATH": building.quick_python(folder / "bin"),
         "PIP_TARGET": elsewhere,
         "PIP_USER": "1",
         "PYTHONPATH": elsewhere,
@@ -166,10 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     before = sorted(path.name for path in Path(os.__file__).parent.joinpath("site-packages").iterdir())
     with contextlib.ExitStack() as stack:
         all_asking = [stack.enter_context(asking(root, pins, **variables)) for _ in range(3)]
-        until(lambda: (pid := builder(root)) and any(parent(pid) == asked.child.pid for asked in all_asking))
-        until(lambda: list((root / "environments").glob("*/pyvenv.cfg")))
-        at_work = until(lambda: builder(root))
-        starter = next(asked for asked in all_asking if asked.child.pid == parent(at_work))
+        at_work = until(lambda: building.at_work(root))
+        starter = next(asked for asked in all_asking if asked.child.pid == building.parent(at_work))
         starter.child.kill()
         leaver, stayer = (asked for asked in all_asking if asked is not starter)
         leaver.leave()
@@ -263,13 +135,13 @@ def test_a_machine_that_changed_is_looked_at_anew(made: dict[str, Any], monkeypa
 def test_a_killed_build_is_never_used(tmp_path: Path, count: int) -> None:
     """A builder is killed at any moment: that is said, nothing is ready, and the next ask starts from nothing."""
     random = Random(count)
-    root, pins = machine(tmp_path)
-    path = quick_python(tmp_path / "bin")
+    root, pins = building.machine(tmp_path)
+    path = building.quick_python(tmp_path / "bin")
     for _ in range(count):
         delay_s = random.uniform(0.0, 2.0)
         with asking(root, pins, PATH=path) as asked:
             pid = until(lambda: builder(root))
-            threading.Timer(delay_s, os.kill, (pid, signal.SIGKILL)).start()
+            threading.Timer(delay_s, processes.kill, ([pid],)).start()
             answer = asked.last()
         if "ready" in answer:  # it was done sooner
             shutil.rmtree(place(root).folder)
@@ -287,9 +159,9 @@ def test_a_killed_build_is_never_used(tmp_path: Path, count: int) -> None:
 
 def test_a_failed_build_says_why_and_is_tried_again(tmp_path: Path) -> None:
     """A failure names the step, what the installer said and what helps; the next ask tries anew, not the old answer."""
-    root, pins = machine(tmp_path)
+    root, pins = building.machine(tmp_path)
     count = tmp_path / "count"
-    path = python_that(
+    path = building.python_that(
         tmp_path / "bin", f"echo x >>{count}; echo 'OSError: [Errno 28] No space left on device'; exit 3"
     )
     for number in (1, 2):
@@ -304,7 +176,7 @@ def test_a_failed_build_says_why_and_is_tried_again(tmp_path: Path) -> None:
 
 def test_too_small_a_disk_is_said_before_anything_is_installed(tmp_path: Path) -> None:
     """What does not fit on the disk is refused at once, with both sizes."""
-    root, pins = machine(tmp_path, TINY.replace("0.05", "9000000"))
+    root, pins = building.machine(tmp_path, TINY.replace("0.05", "9000000"))
     with asking(root, pins) as asked:
         failed = asked.last()["failed"]
     assert "needs about 13500000 GB" in failed["message"]
@@ -313,19 +185,25 @@ def test_too_small_a_disk_is_said_before_anything_is_installed(tmp_path: Path) -
 
 def test_what_a_killed_build_left_running_ends_first(tmp_path: Path) -> None:
     """A program of a killed build, and what that started, is gone before the next build begins: no two write there."""
-    root, pins = machine(tmp_path)
+    root, pins = building.machine(tmp_path)
     started = tmp_path / "started"
-    path = python_that(tmp_path / "bin", f"sleep 300 & echo $$ $! >>{started}; wait")
-    pids: list[int] = []
-    for number in (1, 2):
+    path = building.python_that(tmp_path / "bin", f"sleep 300 & echo $$ $! >{started}; wait")
+
+    def kill_at_work() -> list[int]:
         with asking(root, pins, PATH=path) as asked:
-            until(lambda wanted=number: started.exists() and started.read_bytes().count(b"\n") == wanted)
-            assert [pid for pid in pids if is_alive(pid)] == []
+            until(lambda: started.exists() and started.read_bytes().endswith(b"\n"))
             pids = [int(word) for word in started.read_text(encoding="ascii").split()]
+            started.unlink()
+            assert [pid for pid in left if is_alive(pid)] == []
             os.kill(until(lambda: builder(root)), signal.SIGKILL)
             assert "killed" in asked.last()["failed"]["message"]
-    until(lambda: not is_alive(pids[-2]))  # the program itself; what it started, the next build would end
-    os.kill(pids[-1], signal.SIGKILL)
+            return pids
+
+    left: list[int] = []
+    for _ in range(2):
+        left = kill_at_work()
+    until(lambda: not is_alive(left[0]))  # the program itself; what it started, the next build would end
+    os.kill(left[1], signal.SIGKILL)
 
 
 @pytest.mark.slow

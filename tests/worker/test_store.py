@@ -30,6 +30,7 @@ FILES: pushing.Files = {
     "link": "ü/漢 字.txt",
 }
 small_disk = test_nth_failure.small_disk
+OLD: pushing.Files = {"a.py": b"old", "gone/b": b"b", "run.sh": b"#!/bin/sh\n", "empty": b""}
 CONTENTS = [data for data in FILES.values() if isinstance(data, bytes)]
 BIG = b"weights" * 1000
 
@@ -61,6 +62,7 @@ def test_a_pushed_tree_is_there_byte_for_byte(root: Path) -> None:
     assert ask(root, "missing", {"trees": [tree.document()]}) == {"missing": []}
     assert ask(root, "have", {"digests": [tree.digest()]}) == {"have": []}
     assert ask(root, "keep", {"tree": tree.document()}) == {"kept": tree.digest()}
+    (root / "x.json").write_bytes(b"no manifest")
     assert ask(root, "have", {"digests": [tree.digest(), "0" * 64, "../../x", 7]}) == {"have": [tree.digest()]}
     assert_sound(root)
 
@@ -282,7 +284,7 @@ def cases(root: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
     """For every verb that changes something, what is asked of a root that is made ready for it, and the answer."""
     digest, old = (
         push(root, FILES),
-        push(root, {"a.py": b"old", "gone/b": b"b", "run.sh": b"#!/bin/sh\n", "empty": b""}),
+        push(root, OLD),
     )
     answer(root, "project", {"name": "p", "digest": old})
     incoming(root, sha256(BIG), BIG)
@@ -308,8 +310,9 @@ def test_a_death_at_any_step_leaves_what_is_sound_and_can_be_repeated(case: Case
     """Killed before any change of the disk, a verb leaves nothing half made under a name, and can be asked again."""
     for _ in pushing.every_death(case.do):
         assert_sound(case.root)
-        work = case.root / "runs" / "r" / "work"
+        work, tree = case.root / "runs" / "r" / "work", case.root / "projects" / "p" / "tree"
         assert not work.exists() or pushing.found(work) == FILES
+        assert all(data in (FILES.get(name), OLD.get(name)) for name, data in pushing.found(tree).items())
         case.assert_repeated()
         case.begin()
     assert_sound(case.root)
