@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from orchestrator.transport import Machine
 
 GRACE_S = 10.0
 """How long a worker gets to sync its rows when nobody says otherwise."""
+_PIECE_BYTES = 1 << 20
 _PULLS_MAX = 3
 """An ended run is whole after one pull; more than this many mean that something is wrong with it."""
 
@@ -93,19 +93,35 @@ def _state(run: Run, machine: Machine) -> dict[str, Any]:
 
 
 def _put(run: Run, machine: Machine) -> None:
-    """Send what is home to a machine that knows nothing of this run: rows, choices, what was resolved, weights."""
-    files = [*_resolved(run), ("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections)]
-    data = b""
-    for name, path in files:
-        if path.is_file():
-            content = path.read_bytes()
-            facts = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            data += spec.canonical(facts) + b"\n" + content
-    if data:
-        words = transport.agent_words(machine, run.record.agent, "put", run.run_id)
-        answer = transport.ask(machine, words, data)
-        if "error" in answer:
-            raise NotReachable(f"{machine.name} did not take {answer.get('name')} of {run.run_id}: {answer['error']}.")
+    """Send what is home to a machine: rows, choices, what was resolved, weights, and what a command made elsewhere."""
+    files = [(name, path) for name, path in _at_home(run) if path.is_file() and not path.is_symlink()]
+    if not files:
+        return
+    folder = run.job().get("folder", "")
+    facts = [
+        {"name": name, "bytes": path.stat().st_size, "sha256": rundir.file_sha256(path), "folder": folder}
+        for name, path in files
+    ]
+
+    def frames() -> Iterator[bytes]:
+        for fact, (_, path) in zip(facts, files, strict=True):
+            yield spec.canonical(fact) + b"\n"
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+
+    words = transport.agent_words(machine, run.record.agent, "put", run.run_id)
+    answer = transport.ask(machine, words, frames)
+    if "error" in answer:
+        raise NotReachable(f"{machine.name} did not take {answer.get('name')} of {run.run_id}: {answer['error']}.")
+
+
+def _at_home(run: Run) -> Iterator[tuple[str, Path]]:
+    """Everything of a run that a machine new to it should have, by the name it is sent under."""
+    yield from _resolved(run)
+    yield from (("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections))
+    for path in sorted(run.home.out.rglob("*")):
+        yield f"{rundir.OUT}/{path.relative_to(run.home.out).as_posix()}", path
 
 
 def _resolved(run: Run) -> Iterator[tuple[str, Path]]:

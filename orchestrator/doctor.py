@@ -182,8 +182,12 @@ def _private_folder(folder: Path) -> Check:
         )
     if mode & 0o077:
         state, words = (BAD, "can change") if mode & 0o022 else (WARN, "can look into")
-        return Check("state permissions", state, f"others {words} {folder}", f"chmod 700 {shlex.quote(str(folder))}")
+        return Check("state permissions", state, f"others {words} {folder}", _chmod("700", folder))
     return Check("state permissions", OK, "private")
+
+
+def _chmod(mode: str, path: Path) -> str:
+    return f"chmod {mode} {shlex.quote(str(path))}"
 
 
 def disk(name: str, folder: Path) -> Check:
@@ -226,19 +230,15 @@ def _asking(reach: Reach, name: str) -> Callable[[], str | None]:
 
 def _machine_files(folder: Path) -> Check:
     """Whether a machine's folder holds what ssh needs, its private key for this user alone."""
-    name, again = f"{folder.name} files", f"Remove it and add it again: gpu forget {folder.name}"
+    name = f"{folder.name} files"
     missing = [file for file in ("machine.json", "ssh_config", "known_hosts") if not (folder / file).is_file()]
     if missing:
-        return Check(name, BAD, f"{folder} lacks {', '.join(missing)}", again)
+        first = f"rm -r {shlex.quote(str(folder))}" if "machine.json" in missing else f"gpu forget {folder.name}"
+        return Check(name, BAD, f"{folder} lacks {', '.join(missing)}", f"{first}; then add it again.")
     for private in (folder, folder / "key"):
         if private.exists() and private.stat().st_mode & 0o077:
-            wanted = "700" if private == folder else "600"
-            return Check(
-                name,
-                BAD,
-                f"others can read {private}; ssh refuses such a key",
-                f"chmod {wanted} {shlex.quote(str(private))}",
-            )
+            mend = _chmod("700" if private == folder else "600", private)
+            return Check(name, BAD, f"others can read {private}; ssh refuses such a key", mend)
     return Check(name, OK, "complete and private")
 
 
@@ -274,9 +274,7 @@ def _account(provider: str, key: keys.Key, verdict: Verdict | None) -> Check:
     where = f"found in {key.source}"
     check = _judged(provider, where, verdict) if verdict else Check(f"{provider} key", OK, f"{where}; not tested")
     if check.state == OK and key.path and key.path.stat().st_mode & 0o077:
-        return Check(
-            check.name, WARN, f"{check.words}; others can read that file", f"chmod 600 {shlex.quote(str(key.path))}"
-        )
+        return Check(check.name, WARN, f"{check.words}; others can read that file", _chmod("600", key.path))
     return check
 
 

@@ -182,7 +182,7 @@ def _has_passphrase(key: Path) -> bool:
 def _authorize(asked: Asked, target: Path) -> None:
     """Let the machine's own key in, by whatever key the user has there already."""
     settings = {"hostname": asked.address.host, "port": asked.address.port, "user": asked.address.user}
-    own = {**settings, "identityfile": [str(target / "key")]}
+    own = {**settings, "identityfile": str(target / "key")}
     public = (target / "key.pub").read_bytes()
     client = ssh.connect(settings, target / "known_hosts")
     try:

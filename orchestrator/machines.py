@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def check_name(name: str) -> None:
 
 def known() -> list[Record]:
     """Every machine that was added, by name; this computer is not among them."""
-    found = sorted((config.state_folder() / "machines").glob("*/machine.json"))
+    found = sorted((config.state_folder() / "machines").glob("[!.]*/machine.json"))
     return [_load(path) for path in found]
 
 
@@ -165,8 +166,13 @@ def news(name: str) -> dict[str, Any]:
 def locked() -> Iterator[None]:
     """Hold the lock under which machines are added and forgotten."""
     durable.have_folder(config.state_folder() / "machines")
-    with locks.held(config.state_folder() / "machines" / ".lock", _LOCK_WAIT_S):
+    lock = locks.take(config.state_folder() / "machines" / ".lock", _LOCK_WAIT_S)
+    if lock is None:
+        raise ConfigError("Another command adds or forgets a machine just now. Nothing was changed.", "Try again.")
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 def remove(name: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import agents, bulk, clock
+from orchestrator import agents, bulk, clock, ssh_config
 from orchestrator.channel import HANDSHAKE_S, Channel
 from orchestrator.errors import BadAnswer, ConfigError, HostKeyChanged, NotReachable
 from orchestrator.transport import CALL_DEADLINE_S, Data
@@ -43,9 +43,9 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
     host, port = settings["hostname"], int(settings.get("port", 22))
     client = paramiko.SSHClient()
     try:
-        client.load_host_keys(str(known_hosts))
+        _load_pinned(client, known_hosts)
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
-        key = identity(Path(settings["identityfile"][0])) if "identityfile" in settings else None
+        key = identity(Path(settings["identityfile"])) if "identityfile" in settings else None
         client.connect(
             host,
             port=port,
@@ -77,6 +77,19 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
     return client
 
 
+def _load_pinned(client: paramiko.SSHClient, known_hosts: Path) -> None:
+    """Have the client know the pinned host key; ConfigError when it cannot be read."""
+    from paramiko.hostkeys import InvalidHostKey
+
+    try:
+        client.load_host_keys(str(known_hosts))
+    except (OSError, ValueError, InvalidHostKey):
+        raise ConfigError(
+            f"{known_hosts}, which holds the pinned host key, is damaged or gone. Nothing was sent.",
+            "Forget the machine and add it again: gpu forget NAME. Runs at home are kept.",
+        ) from None
+
+
 def host_key(host: str, port: int) -> paramiko.PKey:
     """The key that a host shows: for the first contact only, before anything is sent. Raises NotReachable."""
     import paramiko
@@ -101,7 +114,7 @@ def _changed(host: str, now: str, pinned: str) -> tuple[str, str]:
 
 def _refused(settings: dict[str, Any], error: object) -> tuple[str, str]:
     where = f"{settings['user']}@{settings['hostname']}"
-    key = settings.get("identityfile", ["of your agent or ~/.ssh"])[0]
+    key = settings.get("identityfile", "of your agent or ~/.ssh")
     return (
         f"{where} does not accept the key {key}: {error} Nothing was sent.",
         "Check the user name, and that the key's public half stands in ~/.ssh/authorized_keys there.",
@@ -185,9 +198,7 @@ class SshMachine:
 
     def settings(self) -> dict[str, Any]:
         """What this machine's own ssh_config says."""
-        import paramiko
-
-        return dict(paramiko.SSHConfig.from_path(str(self.folder / "ssh_config")).lookup(f"gpu-{self.name}"))
+        return dict(ssh_config.settings((self.folder / "ssh_config").read_text(encoding="utf-8")))
 
     def _connected(self) -> paramiko.Transport:
         client: paramiko.SSHClient | None = getattr(self._mine, "client", None)

@@ -145,14 +145,15 @@ def _frame(line: bytes) -> Frame:
         frame = json.loads(line)
     except (ValueError, RecursionError):
         frame = None
-    names = ("file", "whole", "diverged", "sha256", "state")
+    names = ("file", "whole", "piece", "diverged", "sha256", "digest", "state", "skipped", "why")
     if (
         isinstance(frame, dict)
         and all(isinstance(frame.get(name, ""), str) for name in names)
-        and all(type(frame.get(name, 0)) is int for name in ("bytes", "offset", "attempt"))
+        and all(type(frame.get(name, 0)) is int for name in ("bytes", "offset", "attempt", "total"))
         and 0 <= frame.get("bytes", 0) <= _FRAME_DATA_MAX_BYTES
         and (not frame.get("end") or {"state", "attempt"} <= frame.keys())
-        and ("file" not in frame or "offset" in frame)
+        and (not {"file", "piece"} & frame.keys() or "offset" in frame)
+        and ("piece" not in frame or {"digest", "total"} <= frame.keys())
     ):
         return frame
     raise BadAnswer(f"The machine sent something that is no frame: {line[:80]!r}")

@@ -22,7 +22,7 @@ from worker.interpreters import Plan, Refused
 
 LOCKS = Path(__file__).resolve().parent / "locks"
 """The pins that ship with this code."""
-RETRY = "Type the same command again: downloads that were finished are kept, an installation that still runs is joined."
+RETRY = "Type the same command again: an installation that still runs is joined, one that failed is begun anew."
 _MAIN = str(Path(__file__).resolve().parent / "__main__.py")
 _BEAT_S = 5.0
 _POLL_S = 0.1

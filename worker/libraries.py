@@ -23,11 +23,13 @@ OLDEST = (3, 11)
 """The oldest Python that the worker's libraries and stories run on."""
 _MAIN = str(Path(__file__).resolve().parent / "__main__.py")
 _MARK = "\x1e"  # begins a line of ours among whatever libraries print (the record separator of RFC 7464)
+_START_S = 20.0
 _CHECK_S = 120.0
 _BUILD_CHECK_S = 600.0
 _FETCH_S = 4 * 3600.0
 _NOTE_S = 2.0
 _TAIL_LINES = 15
+_LINE_MAX = 500
 _TOGETHER = "NumPy and torch together"
 _NEVER = ("original/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*/*.bin", "*/*.safetensors", "*.pth")
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
@@ -100,14 +102,14 @@ class _Child:
 
     def tail(self) -> list[str]:
         """The last lines it printed."""
-        return [line for line in self.said.splitlines() if line.strip()][-_TAIL_LINES:]
+        return [line[:_LINE_MAX] for line in self.said.splitlines() if line.strip()][-_TAIL_LINES:]
 
     def error(self, code: int) -> tuple[str, str]:
         """Name and message of the exception that ended it; no name where it ended otherwise."""
         _, traceback, text = self.said.rpartition("Traceback (most recent call last):\n")
         found = _EXCEPTION.search(text) if traceback else None
         if found:
-            return found[1], found[2] or ""
+            return found[1][:_LINE_MAX], (found[2] or "")[:_LINE_MAX]
         why = {124: "it took too long", 127: "it cannot be started", -11: "it crashed (segmentation fault)"}
         return "", why.get(code) or (self.tail() or [f"it ended with exit code {code}"])[-1]
 
@@ -118,7 +120,7 @@ class _Child:
 def check(python: str, modules: list[str], asker: Asker) -> Frame:
     """Whether an interpreter of the user's has what a worker needs, as it is; says what it lacks."""
     try:
-        code, text = ran([python, "-I", "-c", "import sys; print(*sys.version_info[:2])"], _CHECK_S, asker)
+        code, text = ran([python, "-I", "-c", "import sys; print(*sys.version_info[:2])"], _START_S, asker)
         found = re.search(r"^(\d+) (\d+)\s*$", text)
         if code != 0 or not found:
             raise Unfit(f"{python} is no Python that runs on this machine.", "Check the path given to --python.")

@@ -201,7 +201,7 @@ def test_new_code_is_taken_only_when_asked_for(counting_run: Callable[..., Run],
     follow(run)
     assert run.record.agent == began_with
     run.save(state="stopped")
-    journey.reopen(run, new_code=True)
+    journey.carry_on(run, journey.Wish(new_code=True))
     assert run.record.code_changes[0]["from"] == began_with
     assert run.record.agent == run.record.code_changes[0]["to"] != began_with
 

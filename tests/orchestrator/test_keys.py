@@ -188,6 +188,7 @@ def by_hand(text: str, secrets: list[str]) -> str:
     )
 
 
+@settings(deadline=None)
 @given(secrets_in_text())
 @example((["abcabc", "bcabcab"], "abcabcab"))
 def test_every_character_of_a_secret_goes(case: tuple[list[str], str]) -> None:
@@ -196,7 +197,7 @@ def test_every_character_of_a_secret_goes(case: tuple[list[str], str]) -> None:
     assert keys.masked(text, more=secrets) == by_hand(text, secrets)
 
 
-@settings(max_examples=400)
+@settings(max_examples=400, deadline=None)
 @given(st.data(), secrets_in_text())
 def test_a_stream_is_masked_as_the_whole(data: st.DataObject, case: tuple[list[str], str]) -> None:
     """However a stream is cut, even inside a character, what comes out together is the whole text masked."""
@@ -209,6 +210,7 @@ def test_a_stream_is_masked_as_the_whole(data: st.DataObject, case: tuple[list[s
     assert (shown + masker.flush()).decode("utf-8", "surrogatepass") == by_hand(text, secrets)
 
 
+@settings(deadline=None)
 @given(secrets_in_text())
 def test_only_a_possible_secret_is_held_back(case: tuple[list[str], str]) -> None:
     """What cannot be the start of a secret is shown at once: a progress line does not wait for the next one."""

@@ -128,12 +128,8 @@ def test_a_change_that_keeps_size_and_time_is_seen() -> None:
 
 def reads(*ahead_ns: int) -> list[int]:
     """How many files each of some snapshots reads, by clocks that are so much ahead."""
-    read = []
-    for ahead in ahead_ns:
-        hashes = known(ahead)
-        project.snapshot(here(), hashes)
-        read.append(hashes.read)
-    return read
+    made = [(hashes := known(ahead), project.snapshot(here(), hashes)) for ahead in ahead_ns]
+    return [hashes.read for hashes, _ in made]
 
 
 def test_a_young_file_is_read_again() -> None:
@@ -155,6 +151,15 @@ def test_damaged_hashes_are_made_anew(damaged: bytes) -> None:
     path.write_bytes(damaged.replace(b"%s", os.fsencode(here() / "a")))
     assert shown(project.snapshot(here(), known())) == {"a": "one"}
     assert reads(LATER_NS) == [0]
+
+
+def test_a_hash_that_is_none_is_not_believed() -> None:
+    """Something else than a SHA-256 in the file of hashes is not taken for one."""
+    make({"a": "one"})
+    path = config.state_folder() / "hashes.json"
+    reads(LATER_NS)
+    path.write_bytes(path.read_bytes().replace(sha256("one").encode(), b"x"))
+    assert reads(LATER_NS, LATER_NS) == [1, 0]
 
 
 def test_hashes_that_nobody_asks_for_are_dropped() -> None:

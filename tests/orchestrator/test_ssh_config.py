@@ -13,7 +13,7 @@ from pathlib import Path
 
 import paramiko
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import ssh_config
@@ -109,6 +109,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(USERS, HOSTS, st.one_of(st.none(), st.integers(1, 65535)))
 def test_an_address_reads_back(user: str, host: str, port: int | None) -> None:
     """Every well-formed address is taken apart rightly, and its text gives the same address again."""
@@ -124,6 +125,7 @@ def parsed(text: str) -> Address | UsageError:
         return error
 
 
+@settings(deadline=None)
 @given(st.one_of(st.text(), st.text("ab@.:[]-%1", max_size=12)))
 def test_any_text_is_an_address_or_a_usage_error(text: str) -> None:
     """Whatever is typed, the answer is an address of harmless signs or words about what is expected."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import durable, locks
@@ -107,6 +107,7 @@ def test_a_state_folder_that_cannot_be_written_down_is_refused(
     assert everything(home / ".ssh") == {}
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.sampled_from(

@@ -71,6 +71,8 @@ class _Link:
     client: socket.socket
     ended: asyncio.Future[How]
     target: socket.socket | None = None
+    flow: asyncio.Task[None] = field(init=False)
+    serving: asyncio.Task[None] = field(init=False)
     left: dict[Way, tuple[int, How]] = field(default_factory=dict)
 
     def end(self, how: How) -> None:
@@ -100,7 +102,6 @@ class Proxy:
         self._lines: dict[Way, _Line] = {way: _Line() for way in WAYS}
         self._rules: dict[tuple[int | None, Way], tuple[int, How]] = {}
         self._links: dict[int, _Link] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._failure: BaseException | None = None
         self._loop = asyncio.new_event_loop()
@@ -237,9 +238,10 @@ class Proxy:
 
     async def _shut(self) -> None:
         await self._stop_accepting()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in self._links.values():
+            link.serving.cancel()
+        while self._links:
+            await asyncio.sleep(0.001)
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -253,36 +255,36 @@ class Proxy:
         for way in WAYS:
             if (rule := self._rules.get((number, way)) or self._rules.get((None, way))) is not None:
                 link.allow(way, *rule)
-        task = self._loop.create_task(self._serve(link))
-        self._tasks.add(task)
-        task.add_done_callback(lambda task: self._served(number, task))
+        link.flow = self._loop.create_task(self._flow(link))
+        link.serving = self._loop.create_task(self._serve(link))
+        link.serving.add_done_callback(lambda _: self._served(number, link))
 
-    def _served(self, number: int, task: asyncio.Task[None]) -> None:
-        del self._links[number]
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self._failure = task.exception()
+    def _served(self, number: int, link: _Link) -> None:
+        """Close both sockets, but not before the flow has let go of them; called however the serving ended."""
 
-    async def _serve(self, link: _Link) -> None:
-        flow = self._loop.create_task(self._flow(link))
-        try:
-            both: list[asyncio.Future[Any]] = [flow, link.ended]
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            flow.cancel()
-            await asyncio.wait({flow})
-            if link.ended.done():
-                self.cuts += 1
-                await self._end(link, link.ended.result())
-                return
-            try:
-                flow.result()
-            except OSError:  # one side was reset, or there is no target: so is the other
-                await self._end(link, "rst")
-        finally:
-            flow.cancel()
-            await asyncio.wait({flow})
+        def forget(_: object) -> None:
             for side in link.sockets():
                 side.close()
+            del self._links[number]
+            for task in (link.serving, link.flow):
+                failure = None if task.cancelled() else task.exception()
+                if failure is not None and not isinstance(failure, OSError):
+                    self._failure = failure
+
+        if not link.flow.cancelling():  # a second cancel() would tear it from waiting for its own tasks
+            link.flow.cancel()
+        link.flow.add_done_callback(forget)
+
+    async def _serve(self, link: _Link) -> None:
+        both: list[asyncio.Future[Any]] = [link.flow, link.ended]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        link.flow.cancel()
+        await asyncio.wait({link.flow})
+        if link.ended.done():
+            self.cuts += 1
+            await self._end(link, link.ended.result())
+        elif link.flow.exception() is not None:  # one side was reset, or there is no target: so is the other
+            await self._end(link, "rst")
 
     async def _flow(self, link: _Link) -> None:
         """Pass bytes both ways until both sides have ended; OSError when one breaks."""

@@ -125,6 +125,20 @@ def test_a_machine_that_changed_is_looked_at_anew(made: dict[str, Any], monkeypa
     assert environments.kept(folder, "train", made["pins"]) is None
 
 
+def test_beats_go_to_those_who_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever keeps the connection open hears a beat when there is no news; a call has one answer and no beat."""
+    monkeypatch.setattr(environments, "_BEAT_S", 0.0)
+    source, end = os.pipe()
+    for listens, said in ((source, b'{"beat":true}\n'), (None, b"")):
+        out = io.BytesIO()
+        environments.Talk(out, listens).tick()
+        assert out.getvalue() == said
+    os.close(end)
+    with pytest.raises(environments.Gone):
+        environments.Talk(io.BytesIO(), source).tick()
+    os.close(source)
+
+
 # --- killed and failed -----------------------------------------------------------------------------------------------
 
 
@@ -204,6 +218,24 @@ def test_what_a_killed_build_left_running_ends_first(tmp_path: Path) -> None:
         left = kill_at_work()
     until(lambda: not is_alive(left[0]))  # the program itself; what it started, the next build would end
     os.kill(left[1], signal.SIGKILL)
+
+
+def test_another_root_of_the_same_user_is_left_alone(tmp_path: Path) -> None:
+    """A build ends what an earlier one in its own root left running, never the same build in another root."""
+    roots = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        roots.append(building.machine(tmp_path / name))
+    started = tmp_path / "started"
+    path = building.python_that(tmp_path / "bin", f"[ -e {started} ] && exit 3; echo $$ >{started}; exec sleep 300")
+    with asking(*roots[0], PATH=path) as first:
+        until(lambda: started.exists() and started.read_bytes().endswith(b"\n"))
+        with asking(*roots[1], PATH=path) as second:
+            assert "exit code 3" in second.last()["failed"]["message"]
+        assert place(roots[0][0]).digest == place(roots[1][0]).digest  # or nothing was shown
+        assert is_alive(int(started.read_text(encoding="ascii")))
+        os.kill(until(lambda: builder(roots[0][0])), signal.SIGKILL)
+        first.last()
 
 
 @pytest.mark.slow

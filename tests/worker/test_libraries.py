@@ -79,12 +79,6 @@ def test_a_python_that_has_what_is_needed_is_described() -> None:
     assert answer["cuda"] is False
 
 
-def test_a_slow_look_is_one_answer(bare: Path) -> None:
-    """However long it takes, the answer is one JSON document, as a call without a stream needs it."""
-    (site(bare) / "slow.py").write_text("import threading; threading.Event().wait(5.5)\n", encoding="utf-8")
-    assert look(str(bare / "bin" / "python"), "slow")["ok"] is True
-
-
 def test_what_is_missing_is_named(bare: Path) -> None:
     """A module that is not there is named, with both ways on: install it, or let gpu make an environment."""
     answer = look(str(bare / "bin" / "python"), "json", "peft")
