@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks
+from jobs import durable, locks, spec, trees
 
 RESERVE_BYTES = 64 * 1024
 """Kept on a machine's disk and let go when it is full, so that the last rows and the seal can still be written."""
@@ -24,6 +24,8 @@ WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
 MANIFEST = "MANIFEST.json"
 """Written last into a folder of weights: its files with sizes and SHA-256. A folder without one does not exist yet."""
+OUT = "out"
+"""First part of the name of every file a command brings home; the rest is its path below the folder it ran in."""
 
 
 def is_safe_name(name: str) -> bool:
@@ -34,6 +36,8 @@ def is_safe_name(name: str) -> bool:
 def may_come_home(name: str) -> bool:
     """Whether a relative name sent by a machine is one of the files a machine may send; anything else is refused."""
     parts = name.split("/")
+    if parts[0] == OUT:
+        return len(parts) > 1 and trees.is_safe_path(name)
     if not all(is_safe_name(part) for part in parts):
         return False
     if len(parts) == 3 and parts[0] == "attempts" and _ATTEMPT.fullmatch(parts[1]):
@@ -41,6 +45,21 @@ def may_come_home(name: str) -> bool:
     if len(parts) == 2 and _FOLDER.fullmatch(parts[0]):
         return True
     return parts == ["resolved.json"]
+
+
+def grows(name: str) -> bool:
+    """Whether a file of that name only grows and comes home by offset; all others come whole."""
+    return name.endswith(".jsonl") if name.startswith(f"{OUT}/") else name.rpartition("/")[2] in GROWING
+
+
+def is_of_weights(folder: Path) -> bool:
+    """Whether a folder has the name of one that holds weights, finished or not."""
+    return _FOLDER.fullmatch(folder.name) is not None
+
+
+def outs_sha256(outs: dict[str, Any]) -> str:
+    """What names the outs of a seal: SHA-256, in hex, over names, sizes and digests; empty when there are none."""
+    return hashlib.sha256(spec.canonical(outs)).hexdigest() if outs else ""
 
 
 def weights(folder: Path) -> list[Path]:
@@ -80,10 +99,18 @@ class Seal:
     files: dict[str, dict[str, Any]]
     """For every growing file: bytes (for rows, up to the last newline) and sha256 of that many bytes."""
     ended_at: str
+    outs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """For every file the command brings home, under its name there: bytes and sha256."""
+    outs_sha256: str = ""
+    """Names `outs`, which is left out where a seal is only spoken of: it may be long."""
 
     def document(self) -> dict[str, Any]:
         """What stands in exit.json."""
         return dict(self.__dict__)
+
+    def outline(self) -> dict[str, Any]:
+        """The same without the list of outs, short enough to be said in a line; exit.json has it."""
+        return {**self.__dict__, "outs": {}}
 
     @classmethod
     def load(cls, path: Path) -> Seal | None:
@@ -103,9 +130,24 @@ class Seal:
             or not all(isinstance(text, str) for text in words)
             or facts is False
             or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in facts)
+            or not _are_outs(seal.outs)
+            or not isinstance(seal.outs_sha256, str)
         ):
             raise TypeError("not a seal")
         return seal
+
+
+def _are_outs(outs: object) -> bool:
+    """Whether it is a list of outs: names that may come home, each with a size and a digest."""
+    return isinstance(outs, dict) and all(
+        isinstance(name, str)
+        and name.startswith(f"{OUT}/")
+        and may_come_home(name)
+        and isinstance(facts, dict)
+        and type(facts.get("bytes")) is int
+        and trees.is_sha256(facts.get("sha256"))
+        for name, facts in outs.items()
+    )
 
 
 class Attempt:
@@ -140,6 +182,8 @@ class Run:
         self.current = folder / "current.json"
         self.reserve = folder / "reserve"
         self.supervisor_log = folder / "supervisor.txt"
+        self.work = folder / "work"  # the project as the run began with it, and what its command makes there
+        self.digests = folder / "digests.json"  # the pull command: digests of large files, so that each is read once
 
     def attempt(self, number: int) -> Attempt:
         """The files of attempt `number`, counted from 1; the folder may not exist."""
@@ -169,7 +213,7 @@ class Run:
     def folders(self) -> Iterator[Path]:
         """The finished folders of weights in this run."""
         for path in sorted(self.folder.glob("*")):
-            if _FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file():
+            if is_of_weights(path) and (path / MANIFEST).is_file():
                 yield path
 
     def state(self) -> MachineState:
@@ -212,6 +256,7 @@ class Home:
         self.summary = folder / "summary.json"
         self.report = folder / "report.html"
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
+        self.out = folder / OUT  # the files a command brought home, as its user sees them
 
     def machine(self, name: str) -> Run:
         """Verified copies of what the machine of that name wrote; the same file names as there."""

@@ -42,7 +42,7 @@ def ensure(machine: Machine, agent: str, kind: str, say: Say) -> str:
     Asking again joins an installation that still runs. Raises ConfigError when it cannot be made there (with the last
     lines of what the installer said), NotReachable when the machine falls silent.
     """
-    answer = _told(machine, _words(machine, agent, "environment"), {"kind": kind}, (say, _ENSURE_S))
+    answer = _told(machine, transport.root_words(machine, agent, "environment"), {"kind": kind}, (say, _ENSURE_S))
     if "failed" in answer:
         raise _not_made(machine, _texts(answer["failed"]))
     python = answer.get("python")
@@ -57,7 +57,7 @@ def check(machine: Machine, agent: str, python: str, modules: list[str]) -> dict
     Raises ConfigError, saying what it lacks, when it cannot be used as it is; nothing is installed into it.
     """
     request = spec.canonical({"python": python, "modules": modules}) + b"\n"
-    answer = transport.ask(machine, _words(machine, agent, "imports"), request, _CHECK_S)
+    answer = transport.ask(machine, transport.root_words(machine, agent, "imports"), request, _CHECK_S)
     if answer.get("ok") is not True:
         said = _texts(answer)
         raise ConfigError(f"{machine.name}: {said['message']}", said["hint"])
@@ -70,17 +70,12 @@ def fetch(machine: Machine, agent: str, model: Model, say: Say) -> str:
     Never raises for that: the worker fetches what is missing itself.
     """
     request = {"model": model.name, "revision": model.revision, "kind": model.kind, "python": model.python}
-    words = _words(machine, agent, "fetch")
+    words = transport.root_words(machine, agent, "fetch")
     try:
         answer = _told(machine, words, {**request, "env": dict(model.env)}, (say, _FETCH_S))
     except NotReachable as error:
         return error.message
     return _texts(answer["failed"])["message"] if "failed" in answer else ""
-
-
-def _words(machine: Machine, agent: str, verb: str) -> list[str]:
-    main = machine.root / "agent" / agent / "worker" / "__main__.py"
-    return [machine.python, "-I", "-X", "utf8", str(main), verb, str(machine.root)]
 
 
 def _told(machine: Machine, words: list[str], request: Frame, listener: tuple[Say, float]) -> Frame:

@@ -12,7 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from jobs import durable, locks, rows, rundir
+from orchestrator import outs
 from orchestrator.errors import HomeDiskFull, NotReachable
+from orchestrator.parts import Parts
 
 _BATCH_ROWS = 10_000
 
@@ -25,6 +27,11 @@ class Arrivals:
         self.copy = home.machine(machine)
         self._lock = lock
         self._hashes: dict[str, tuple[int, Any]] = {}
+        self._digests: dict[str, tuple[tuple[int, int, int], str]] = {}
+        self._unsynced: set[Path] = set()
+        self._parts = Parts(home, self.copy)
+        self._view = outs.View(home, self.copy)
+        self._view.mend()
         self.rows = self._reopen(home.rows, "rows.jsonl")
         self.selections = self._reopen(home.selections, "selections.jsonl")
 
@@ -66,16 +73,35 @@ class Arrivals:
             for name in rundir.WHOLE:
                 path = attempt.folder / name
                 if path.exists():
-                    whole[self._name(path)] = rundir.file_sha256(path)
+                    whole[self._name(path)] = self._digest(path)
         for path in [self.copy.resolved, *self._weights()]:
             if path.exists():
-                whole[self._name(path)] = rundir.file_sha256(path)
-        return {"have": have, "have_whole": whole, "wait_s": wait_s}
+                whole[self._name(path)] = self._digest(path)
+        for name in outs.names(self.copy):
+            path = self.copy.folder / name
+            if rundir.grows(name):
+                size, digest = self._hash(path)
+                have[name] = [size, digest.hexdigest()]
+            else:
+                whole[name] = self._digest(path)
+        return {"have": have, "have_whole": whole, "parts": self._parts.request(), "wait_s": wait_s}
 
     def _weights(self) -> list[Path]:
+        """The files of folders of weights that are here, of unfinished ones too."""
         if not self.copy.folder.is_dir():
             return []
-        return [path for folder in self.copy.folders() for path in sorted(folder.iterdir())]
+        folders = [path for path in self.copy.folder.iterdir() if rundir.is_of_weights(path) and path.is_dir()]
+        return [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256 of a copy that is whole; read once, and again only when it has changed."""
+        facts = path.stat()
+        known, digest = self._digests.get(self._name(path), (None, ""))
+        now = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if known != now:
+            digest = rundir.file_sha256(path)
+            self._digests[self._name(path)] = (now, digest)
+        return digest
 
     def take(self, frame: dict[str, Any], data: bytes) -> None:
         """Put one frame on the disk. Raises NotReachable for a frame that lies, OSError when it cannot be written."""
@@ -83,25 +109,54 @@ class Arrivals:
             self._set_aside(self._path(frame["diverged"], grows=True))
         elif "whole" in frame:
             self._take_whole(self._path(frame["whole"], grows=False), frame, data)
+        elif "piece" in frame:
+            self._take_piece(self._path(frame["piece"], grows=False), frame, data)
         elif "file" in frame:
             self._take_growth(self._path(frame["file"], grows=True), frame, data)
 
-    def _path(self, name: str, *, grows: bool) -> Path:
+    def _path(self, name: object, *, grows: bool) -> Path:
         """Where a name sent by a machine belongs; anything but the run's own files, each in its own way, is refused."""
-        if not rundir.may_come_home(name) or (name.rpartition("/")[2] in rundir.GROWING) is not grows:
+        if not (isinstance(name, str) and rundir.may_come_home(name)) or rundir.grows(name) is not grows:
             raise NotReachable(f"The machine sent a file with the name {name!r}, which is not one of a run's.")
-        path = self.copy.folder / name
-        durable.have_folder(path.parent)
-        return path
+        below = self.copy.folder.relative_to(self.home.folder).as_posix()
+        return outs.place(self.home.folder, f"{below}/{name}", self._kept)
+
+    @property
+    def _kept(self) -> Path:
+        """Where copies of outs are set aside: not among the outs."""
+        return self.copy.folder / ".aside"
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.copy.folder).as_posix()
 
     def _take_whole(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
         _verify(frame, data)
-        if path.name != "status.json":  # all others are written once: another content is a stranger's
+        if path.name == "status.json" and not self._is_out(path):
+            durable.replace_whole(path, data, synced=False)
+        else:
+            self._put_in_place(self._parts.whole(data), path)
+
+    def _take_piece(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
+        """Add a piece to the file's hidden part; the last one makes the file appear."""
+        _verify(frame, data)
+        part = self._parts.add(self._name(path), frame, data)
+        if part:
+            self._put_in_place(part, path)
+
+    def _put_in_place(self, part: Path, path: Path) -> None:
+        """Give a file that is whole its name. An out may have other versions, the newest stays; all else has not."""
+        is_out = self._is_out(path)
+        if not is_out:  # written once: another content is a stranger's
             self._set_aside(path)
-        durable.replace_whole(path, data, synced=path.name != "status.json")
+        part.replace(path)
+        if is_out:
+            self._unsynced.add(path.parent)  # there may be thousands; what a power cut takes is sent again
+            self._view.replace(self._name(path))
+        else:
+            durable.sync_folder(path.parent)
+
+    def _is_out(self, path: Path) -> bool:
+        return self._name(path).startswith(f"{rundir.OUT}/")
 
     def _take_growth(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
         """Append to this machine's copy, sync, merge by key, sync: in this order a crash anywhere loses nothing."""
@@ -112,12 +167,14 @@ class Arrivals:
                 f"A piece of {path.name} was sent for offset {frame['offset']}, but {size} bytes are here."
             )
         del self._hashes[self._name(path)]  # should the sync fail, the file is looked at anew
-        with durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+        with durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW) as descriptor:
             end = durable.append(descriptor, data, size)
             durable.sync(descriptor)
         digest.update(data)
         self._hashes[self._name(path)] = (end, digest)
-        if path.name == "rows.jsonl":
+        if self._is_out(path):
+            self._view.grow(self._name(path), size, data)
+        elif path.name == "rows.jsonl":
             self._merge(self.home.rows, self.rows, data.split(b"\n")[:-1])
         elif path.name == "selections.jsonl":
             self._merge(self.home.selections, self.selections, data.split(b"\n")[:-1])
@@ -156,13 +213,7 @@ class Arrivals:
 
     def _set_aside(self, path: Path) -> None:
         """Keep a copy that is not what the machine has now under another name; nothing is overwritten."""
-        if not path.exists():
-            return
-        number = 1
-        while (aside := path.with_name(f"{path.name}.diverged-{number}")).exists():
-            number += 1
-        path.rename(aside)
-        durable.sync_folder(path.parent)
+        outs.aside(path, "diverged", self._kept if self._is_out(path) else None, first=1)
         self._hashes.pop(self._name(path), None)
 
     def machine_lost_its_folder(self) -> None:
@@ -174,9 +225,13 @@ class Arrivals:
             self.copy.folder.rename(aside)
             durable.sync_folder(aside.parent)
         self._hashes.clear()
+        self._digests.clear()
+        self._unsynced.clear()
+        self._parts = Parts(self.home, self.copy)
+        self._view = outs.View(self.home, self.copy)
 
     def is_complete(self, seal: rundir.Seal) -> bool:
-        """Whether everything the seal names is here, byte for byte."""
+        """Whether everything the seal names is here, byte for byte, and on the disk."""
         attempt = self.copy.attempt(seal.attempt)
         for name, facts in seal.files.items():
             size, digest = self._hash(attempt.folder / name)
@@ -185,6 +240,26 @@ class Arrivals:
                     return False
             elif (size, digest.hexdigest()) != (facts["bytes"], facts["sha256"]):
                 return False
+        return self._has_outs(seal)
+
+    def _has_outs(self, seal: rundir.Seal) -> bool:
+        """Whether every out the seal speaks of is here; the list itself stands in the copy of exit.json."""
+        if not seal.outs_sha256:
+            return True
+        full = seal if seal.outs else rundir.Seal.load(self.copy.attempt(seal.attempt).exit)
+        if full is None or rundir.outs_sha256(full.outs) != seal.outs_sha256:
+            return False
+        for name, facts in full.outs.items():
+            path = self.copy.folder / name
+            if path.is_symlink() or not path.is_file():
+                return False
+            digest = self._hash(path)[1].hexdigest() if rundir.grows(name) else self._digest(path)
+            if (path.stat().st_size, digest) != (facts["bytes"], facts["sha256"]):
+                return False
+        for folder in self._unsynced:
+            durable.sync_folder(folder)
+        self._unsynced.clear()
+        self._view.sync()
         return True
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ class _Sending:
 
     def ask(self, verb: str, data: bytes, deadline_s: float = transport.CALL_DEADLINE_S) -> Frame:
         """The machine's answer."""
-        return transport.ask(self.machine, _words(self.machine, self.agent, verb), data, deadline_s)
+        return transport.ask(self.machine, transport.root_words(self.machine, self.agent, verb), data, deadline_s)
 
     def expect(self, verb: str, request: Frame, answer: str) -> list[str]:
         """A list of names that is the answer; BadAnswer for anything else."""
@@ -161,11 +161,6 @@ def push(machine: Machine, agent: str, trees: Sequence[Content], progress: Progr
         raise NotReachable(f"{machine.name} loses files as soon as they arrive. Nothing was started.", _AGAIN)
     sizes = [sending.sizes[name] for name in sending.sent]
     return Sent(tuple(content.tree.digest() for content in trees), len(sizes), sum(sizes))
-
-
-def _words(machine: Machine, agent: str, verb: str) -> list[str]:
-    main = machine.root / "agent" / agent / "worker" / "__main__.py"
-    return [machine.python, "-I", "-X", "utf8", str(main), verb, str(machine.root)]
 
 
 def _is_kept(sending: _Sending, digest: str, content: Content) -> bool:

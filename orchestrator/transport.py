@@ -255,7 +255,12 @@ class LocalMachine:
         durable.have_folder(incoming)
         copied = 0
         for source, name in files:
-            shutil.copyfile(source, incoming / name)
+            try:
+                shutil.copyfile(source, incoming / name)
+            except OSError as error:
+                if not durable.is_full(error):
+                    raise
+                raise HomeDiskFull(f"No space is left on the disk that holds {incoming}.", "Free some.") from None
             copied += source.stat().st_size
             progress(copied)
 

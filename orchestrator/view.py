@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from jobs import rows
@@ -117,6 +118,21 @@ def watching(home: int, quiet: bool) -> Iterator[View]:
             yield view
     else:
         yield _Lines(Tally(home))
+
+
+class Listening:
+    """Passes on what a command prints, as it comes home; other news goes to stderr."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self._echo = echo
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def __call__(self, frame: dict[str, Any], data: bytes) -> None:
+        """See View."""
+        if words := spoken(frame):
+            print(words, file=sys.stderr, flush=True)  # noqa: T201
+        if str(frame.get("file", "")).endswith("/log.txt"):
+            self._echo(self._decoder.decode(data))
 
 
 class _Lines:

@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from jobs import durable, locks, rundir, spec, times
 from worker import processes, supervisor
+from worker.intake import Intake
+from worker.puller import Frame, Puller, state_frame
 
-CHUNK_BYTES = 1 << 20
-"""Largest piece of a growing file in one frame, unless a single row is longer."""
-_WHOLE_MAX_BYTES = 1 << 20
-_WEIGHTS_MAX_BYTES = 64 << 20
-"""Files of weights up to this size come home through this channel; larger ones need a bulk copy."""
 _START_WAIT_S = 20.0
 _POLL_S = 0.2
-_BEAT_S = 5.0
 _STOP_MARGIN_S = 10.0
-_PUT = ("home.jsonl", "home-selections.jsonl", "resolved.json")
-Frame = dict[str, Any]
-
-
-def put(run: rundir.Run, source: BinaryIO) -> Frame:
-    """Take files into a run that has not begun: frames of a JSON line `{name, bytes, sha256}` and that many bytes.
-
-    A run that has begun keeps what it began with: nothing is taken.
-    """
-    if run.last_attempt() > 0:
-        return {"put": []}
-    durable.have_folder(run.folder)
-    taken = []
-    while line := source.readline():
-        frame = json.loads(line)
-        name = str(frame["name"])
-        data = source.read(frame["bytes"])
-        if len(data) != frame["bytes"] or hashlib.sha256(data).hexdigest() != frame["sha256"]:
-            return {"error": "torn", "name": name}
-        if not (name in _PUT or (rundir.may_come_home(name) and name.count("/") == 1)):
-            return {"error": "refused", "name": name}
-        path = run.folder / name
-        durable.have_folder(path.parent)
-        durable.replace_whole(path, data)
-        taken.append(name)
-    return {"put": taken}
+_SEALING_IS_NEWS_S = 30.0
+"""A supervisor that said so recently that it seals the run is not killed for taking long: large files are hashed."""
 
 
 def start(run: rundir.Run, request: dict[str, Any]) -> Frame:
@@ -84,7 +53,7 @@ def _launch(run: rundir.Run, order: dict[str, Any]) -> None:
     here = str(Path(order["agent"]) / "worker" / "__main__.py")
     with durable.opened(run.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log:
         child = subprocess.Popen(
-            [sys.executable, "-I", here, "supervise", str(run.folder)],
+            [sys.executable, "-I", "-X", "utf8", here, "supervise", str(run.folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -102,16 +71,6 @@ def _launch(run: rundir.Run, order: dict[str, Any]) -> None:
         time.sleep(_POLL_S / 10)
 
 
-def state_frame(run: rundir.Run) -> Frame:
-    """Where the run stands, for the laptop."""
-    state = run.state()
-    return {
-        "state": state.state,
-        "attempt": state.attempt,
-        "seal": state.seal.document() if state.seal else None,
-    }
-
-
 def stop(run: rundir.Run, grace_s: float) -> Frame:
     """Stop the run: ask its supervisor by file, wait, and kill what is left when it does not answer. Repeatable."""
     if not run.folder.is_dir():
@@ -125,9 +84,17 @@ def stop(run: rundir.Run, grace_s: float) -> Frame:
     deadline = time.monotonic() + grace_s + _STOP_MARGIN_S
     while locks.is_held(run.run_lock) and time.monotonic() < deadline:
         time.sleep(_POLL_S / 4)
-    if locks.is_held(run.run_lock):
+    if locks.is_held(run.run_lock) and not _is_sealing(attempt):
         _kill_all(run)
     return state_frame(run)
+
+
+def _is_sealing(attempt: rundir.Attempt) -> bool:
+    """Whether the worker is gone and the supervisor is at its last work, by its own recent word."""
+    with contextlib.suppress(OSError):
+        age_s = time.time() - attempt.status.stat().st_mtime
+        return age_s < _SEALING_IS_NEWS_S and durable.load_news(attempt.status).get("state") == "sealing"
+    return False
 
 
 def _kill_all(run: rundir.Run) -> None:
@@ -139,111 +106,6 @@ def _kill_all(run: rundir.Run) -> None:
     while locks.is_held(run.run_lock) and time.monotonic() < deadline:
         processes.kill(processes.marked(run.folder.name))
         time.sleep(_POLL_S / 4)
-
-
-class Puller:
-    """Sends what the laptop does not have yet, in frames; keeps running hashes so that each byte is hashed once."""
-
-    def __init__(self, run: rundir.Run, request: dict[str, Any], out: BinaryIO) -> None:
-        self.run = run
-        self.out = out
-        self.wait_s = float(request.get("wait_s", 0))
-        self.have: dict[str, list[Any]] = request.get("have", {})
-        self.have_whole: dict[str, str] = request.get("have_whole", {})
-        self.offsets: dict[str, int] = {}
-        self.seen: dict[str, tuple[int, int, int]] = {}
-
-    def pull(self) -> None:
-        """Send new bytes until the run is not running or `wait_s` is over; then the end frame with its state."""
-        deadline = time.monotonic() + self.wait_s
-        beat_at = time.monotonic() + _BEAT_S
-        while True:
-            state = state_frame(self.run)  # before the files: what it says was written is then sent below
-            sent = self._send_new()
-            if state["state"] != "running" or time.monotonic() >= deadline:
-                self._send({"end": True, **state})
-                return
-            if sent:
-                beat_at = time.monotonic() + _BEAT_S
-            elif time.monotonic() >= beat_at:
-                self._send({"beat": True})
-                beat_at = time.monotonic() + _BEAT_S
-            if select.select([sys.stdin], [], [], _POLL_S)[0]:  # the other side is gone
-                return
-
-    def _send_new(self) -> bool:
-        sent = self._send_whole(self.run.resolved)
-        for attempt in self.run.attempts():
-            for name in rundir.GROWING:
-                sent |= self._send_growth(attempt.folder / name)
-            for name in rundir.WHOLE:
-                sent |= self._send_whole(attempt.folder / name)
-        for folder in self.run.folders():
-            for path in rundir.weights(folder):
-                sent |= self._send_whole(path, _WEIGHTS_MAX_BYTES)
-        return sent
-
-    def _send_whole(self, path: Path, limit: int = _WHOLE_MAX_BYTES) -> bool:
-        """Send a small file that differs from the one at home."""
-        name = path.relative_to(self.run.folder).as_posix()
-        try:
-            facts = path.stat()
-            if self.seen.get(name) == (facts.st_ino, facts.st_size, facts.st_mtime_ns):
-                return False
-            if facts.st_size > limit:
-                return False
-            self.seen[name] = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        digest = hashlib.sha256(data).hexdigest()
-        if self.have_whole.get(name) == digest:
-            return False
-        self.have_whole[name] = digest
-        self._send({"whole": name, "bytes": len(data), "sha256": digest}, data)
-        return True
-
-    def _send_growth(self, path: Path) -> bool:
-        """Send the whole lines (of a log: the bytes) after the offset that is at home, once its prefix was verified."""
-        name = path.relative_to(self.run.folder).as_posix()
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            return False
-        if name not in self.offsets and not self._begin(path, name, size):
-            return False
-        sent = False
-        for data in self._pieces(path, self.offsets[name]):
-            frame = {"file": name, "offset": self.offsets[name], "bytes": len(data)}
-            self._send({**frame, "sha256": hashlib.sha256(data).hexdigest()}, data)
-            self.offsets[name] += len(data)
-            sent = True
-        return sent
-
-    def _begin(self, path: Path, name: str, size: int) -> bool:
-        """Verify once that what is at home is a prefix of this file; say so when it is not, and send it anew."""
-        offset, digest = self.have.get(name, [0, ""])
-        if offset and (size < offset or rundir.file_sha256(path, offset) != digest):
-            self._send({"diverged": name})
-            offset = 0
-        self.offsets[name] = offset
-        return True
-
-    def _pieces(self, path: Path, offset: int) -> Iterator[bytes]:
-        rows_only = path.name.endswith(".jsonl")
-        with path.open("rb") as file:
-            file.seek(offset)
-            pending = b""
-            while chunk := file.read(CHUNK_BYTES):
-                pending += chunk
-                piece = pending[: pending.rfind(b"\n") + 1] if rows_only else pending
-                if piece:
-                    pending = pending[len(piece) :]
-                    yield piece
-
-    def _send(self, frame: Frame, data: bytes = b"") -> None:
-        self.out.write(json.dumps(frame, separators=(",", ":")).encode() + b"\n" + data)
-        self.out.flush()
 
 
 def main(verb: str, words: list[str]) -> int:
@@ -266,7 +128,7 @@ def main(verb: str, words: list[str]) -> int:
 
 def _answer(verb: str, run: rundir.Run, words: list[str], source: BinaryIO) -> Frame:
     if verb == "put":
-        return put(run, source)
+        return Intake(run, source).take()
     if verb == "start":
         return start(run, json.load(source))
     if verb == "stop":

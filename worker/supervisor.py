@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks, rows, rundir, times
-from worker import processes
+from jobs import durable, locks, rundir, times
+from worker import devices, processes
+from worker.failures import ConfigFailure
+from worker.order import Order
+from worker.outs import Outs
+from worker.pace import Pace
 
 ATTEMPTS_MAX = 50
 """A run that was restarted this often has something wrong that another restart will not mend."""
@@ -31,52 +33,11 @@ _TICK_S = 0.25
 _HEARTBEAT_S = 1.0
 _LOCK_WAIT_S = 5.0
 _TAIL_BYTES = 2000
-_PACE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a start asks for: which attempt is expected to be the last one so far, and how to run the worker."""
-
-    expect_attempt: int
-    python: str
-    agent: str
-    """Folder that holds `jobs` and `worker`."""
-    cwd: str
-    env: dict[str, str]
-    """Environment of the worker, secrets included: only ever in memory."""
-
-
-@dataclass
-class Progress:
-    """Rows counted from the attempt's file as it grows, and the pace they come at."""
-
-    path: Path
-    offset: int = 0
-    rows: int = 0
-    good: int = 0
-    """Those without an error: what counts as getting on."""
-    points: deque[tuple[float, int]] = field(default_factory=deque)
-    """(seconds, rows) of the last `_PACE_S`, oldest first."""
-
-    def update(self) -> None:
-        """Count the whole lines that are new since the last call."""
-        for offset, line in rows.whole_lines(self.path, self.offset):
-            self.offset = offset + len(line) + 1
-            self.rows += 1
-            with contextlib.suppress(rows.BadRow):
-                self.good += rows.head(line)[1]
-        now_s = time.monotonic()
-        while len(self.points) > 1 and (now_s - self.points[1][0] > _PACE_S or self.points[1][1] == 0):
-            self.points.popleft()
-        self.points.append((now_s, self.rows))
-
-    def rows_per_second(self) -> float | None:
-        """Rows per second over the last minute, from the last look that saw none; None before there is a pace."""
-        (began_s, before), (now_s, after) = self.points[0], self.points[-1]
-        if after == before:
-            return None
-        return round((after - before) / (now_s - began_s), 3)
+_QUEUE_TICK_S = 0.5
+_PATIENCE_S = 1.0
+"""How long a start waits for GPUs in use before it says so: the run that held them may be ending just now."""
+_PATIENCE_WITH_ITSELF_S = 10.0
+"""The same when it is the run's own last attempt that has not let go yet."""
 
 
 class Supervisor:
@@ -92,6 +53,9 @@ class Supervisor:
         os.set_blocking(self._wake, False)
         os.set_blocking(self._waker, False)
         self._stopping = False
+        self._claims: devices.Claims | None = None
+        self._memory_before: dict[str, int] = {}
+        self._beat_at = 0.0
         self._first_attempt = run.last_attempt() + 1
         self._old_stop = _signature(run.attempt(run.last_attempt()).stop)
 
@@ -104,38 +68,73 @@ class Supervisor:
             signal.signal(number, self._on_stop)
         processes.kill(processes.marked(self.run.folder.name))
         while True:
-            seal = self._attempt()
-            if not seal.restarting:
-                return
+            if not self._attempt().restarting:
+                break
+        if self._claims:
+            self._claims.release()  # before run.lock: whoever sees the run ended finds its GPUs free
 
     def _on_stop(self, *_: object) -> None:
         self._stopping = True
 
     def _attempt(self) -> rundir.Seal:
-        """One attempt from its folder to its seal."""
+        """One attempt from its folder to its seal; before the first, what it needs is claimed."""
         number = self.run.last_attempt() + 1
         attempt = self.run.attempt(number)
         try:
             durable.have_folder(attempt.folder)  # it may be there: nobody was forked in it, since current.json says so
             durable.save_json(self.run.current, {"attempt": number})  # durable before the fork: an attempt starts once
+            if self._claims is None and (refusal := self._claim(attempt)):
+                return self._seal_unstarted(attempt, refusal)
             worker = self._spawn(attempt)
         except OSError as error:
-            return self._seal_unstarted(attempt, error)
+            self.run.reserve.unlink(missing_ok=True)
+            durable.have_folder(attempt.folder)
+            durable.save_json(self.run.current, {"attempt": attempt.number})
+            return self._seal_unstarted(attempt, _not_started(error))
         durable.save_json(
             attempt.pids, {"supervisor": processes.identity(os.getpid()), "worker": processes.identity(worker.pid)}
         )
         announce_ready()
-        progress = Progress(attempt.rows)
-        self._watch(worker, attempt, progress)
+        pace = Pace(attempt.rows)
+        self._watch(worker, attempt, pace)
         _kill_group(worker)
-        left = processes.sweep()
-        progress.update()
-        return self._seal(attempt, worker.returncode, progress, left)
+        pace.update()
+        return self._seal(attempt, worker.returncode, pace)
+
+    def _claim(self, attempt: rundir.Attempt) -> dict[str, Any] | None:
+        """Claim the GPUs the order asks for, waiting in the queue if it says so; how the attempt ends if that fails."""
+        try:
+            claims = devices.Claims(self.run, self.order.gpus, self.order.queue)
+        except ConfigFailure as failure:
+            return _outcome("failed", failure.kind, failure.message, failure.hint)
+        began = time.monotonic()
+        while not claims.take():
+            if self._stopping or self._stop_asked(attempt):
+                return _outcome("stopped", "stopped", "It was stopped before it began.")
+            own = claims.waits_for == [self.run.folder.name]
+            if self.order.queue:
+                self._queue(attempt, claims.waits_for)
+            elif time.monotonic() >= began + (_PATIENCE_WITH_ITSELF_S if own else _PATIENCE_S):
+                return _outcome("failed", "busy", *devices.busy(claims))
+            self._pause(_QUEUE_TICK_S)
+        self._claims = claims
+        self._memory_before = devices.memory_used() if claims.devices else {}
+        return None
+
+    def _queue(self, attempt: rundir.Attempt, waits_for: list[str]) -> None:
+        """Say that the run waits, for whom, and whom a stop may signal meanwhile."""
+        if not attempt.pids.exists():
+            durable.save_json(attempt.pids, {"supervisor": processes.identity(os.getpid())})
+        announce_ready()
+        if self._is_due():
+            self._save_status(attempt, Pace(attempt.rows), "queued", waits_for)
 
     def _spawn(self, attempt: rundir.Attempt) -> subprocess.Popen[bytes]:
         me = os.getpid()
-        words = [self.order.python, "-I", str(Path(self.order.agent) / "worker" / "__main__.py"), "work"]
-        os.set_inheritable(self.lock, True)
+        words = [self.order.python, "-I", "-X", "utf8", str(Path(self.order.agent) / "worker" / "__main__.py"), "work"]
+        env = self.order.environment(os.environ) | {processes.RUN_MARK: self.run.folder.name}
+        if self._claims:
+            env |= self._claims.environment()
         with durable.opened(attempt.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log:
             return subprocess.Popen(
                 [*words, str(self.run.folder), str(attempt.number)],
@@ -143,16 +142,16 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 cwd=self.order.cwd,
-                env={**self.order.env, processes.RUN_MARK: self.run.folder.name},
+                env=env,
                 start_new_session=True,
-                pass_fds=[self.lock],
+                pass_fds=[self.lock, *(self._claims.locks if self._claims else ())],
                 preexec_fn=lambda: processes.die_with_parent(me),  # this process has one thread, so this is safe
             )
 
-    def _watch(self, worker: subprocess.Popen[bytes], attempt: rundir.Attempt, progress: Progress) -> None:
+    def _watch(self, worker: subprocess.Popen[bytes], attempt: rundir.Attempt, pace: Pace) -> None:
         """Write status until the worker has ended; pass a stop on to it, and kill it when its grace is over."""
         stopped_at: float | None = None
-        beat_at = 0.0
+        self._beat_at = 0.0
         while worker.poll() is None:
             self._stopping = self._stopping or self._stop_asked(attempt)
             if self._stopping and stopped_at is None:
@@ -161,13 +160,23 @@ class Supervisor:
                     os.killpg(worker.pid, signal.SIGTERM)
             if stopped_at is not None and time.monotonic() >= stopped_at + self._grace_s(attempt):
                 _kill_group(worker)
-            if time.monotonic() >= beat_at:
-                beat_at = time.monotonic() + _HEARTBEAT_S
-                progress.update()
-                self._save_status(attempt, progress, "stopping" if self._stopping else "running")
-            select.select([self._wake], [], [], _TICK_S)
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake, 512)
+            if self._is_due():
+                pace.update()
+                self._save_status(attempt, pace, "stopping" if self._stopping else "running")
+            self._pause(_TICK_S)
+
+    def _is_due(self) -> bool:
+        """Whether it is time to write status.json again."""
+        if time.monotonic() < self._beat_at:
+            return False
+        self._beat_at = time.monotonic() + _HEARTBEAT_S
+        return True
+
+    def _pause(self, seconds: float) -> None:
+        """Wait until a signal came or the time is over."""
+        select.select([self._wake], [], [], seconds)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 512)
 
     def _stop_asked(self, attempt: rundir.Attempt) -> bool:
         """Whether a stop was asked for: of this attempt, or of the one before it, which the asker thought the last."""
@@ -180,17 +189,18 @@ class Supervisor:
         asked = durable.load_news(attempt.stop) or durable.load_news(self.run.attempt(attempt.number - 1).stop)
         return float(asked.get("grace_s", GRACE_S))
 
-    def _save_status(self, attempt: rundir.Attempt, progress: Progress, state: str) -> None:
+    def _save_status(self, attempt: rundir.Attempt, pace: Pace, state: str, waits_for: list[str] | None = None) -> None:
         """Replace status.json. It is news: not synced, and a full disk must not stop the run because of it."""
         said = durable.load_news(attempt.progress)
-        rate = progress.rows_per_second()
+        rate = pace.rows_per_second()
         before, total = said.get("rows_before", 0), said.get("rows_total")
-        left = None if total is None else max(total - before - progress.rows, 0)
+        left = None if total is None else max(total - before - pace.rows, 0)
         document = {
             "state": state,
             "attempt": attempt.number,
-            "phase": said.get("phase", "starting"),
-            "rows_done": before + progress.rows,
+            "phase": "queued" if state == "queued" else said.get("phase", "starting"),
+            "waits_for": waits_for or [],
+            "rows_done": before + pace.rows,
             "rows_total": total,
             "rows_synced": before + said.get("rows_synced", 0),
             "rows_per_second": rate,
@@ -200,34 +210,43 @@ class Supervisor:
         with contextlib.suppress(OSError):
             durable.save_json(attempt.status, document, synced=False)
 
-    def _seal_unstarted(self, attempt: rundir.Attempt, error: OSError) -> rundir.Seal:
-        """Say why no worker could be started: its working folder or its Python is gone, or the disk is full."""
-        self.run.reserve.unlink(missing_ok=True)
-        durable.have_folder(attempt.folder)
-        durable.save_json(self.run.current, {"attempt": attempt.number})
-        kind = "disk_full" if durable.is_full(error) else "config"
-        outcome = _outcome(
-            "failed", kind, f"The worker could not be started: {error}.", "Mend that, then resume the run."
-        )
+    def _seal_unstarted(self, attempt: rundir.Attempt, outcome: dict[str, Any]) -> rundir.Seal:
+        """Seal an attempt whose worker was never started."""
         seal = rundir.Seal(attempt.number, None, None, files=dict(_digests(attempt)), ended_at=times.now(), **outcome)
+        self._save_status(attempt, Pace(attempt.rows), "ended")
         durable.save_json(attempt.exit, seal.document())
         return seal
 
-    def _seal(self, attempt: rundir.Attempt, code: int, progress: Progress, left: list[int]) -> rundir.Seal:
-        """Judge how the worker ended, and write that down durably, last of all."""
+    def _seal(self, attempt: rundir.Attempt, code: int, pace: Pace) -> rundir.Seal:
+        """End what is left of the attempt, judge how it went, and write that down durably, last of all."""
+
+        def tick() -> None:
+            if self._is_due():
+                self._save_status(attempt, pace, "sealing")
+
+        self._beat_at = 0.0
+        tick()
+        left = processes.sweep()
+        held = self._claims.devices if self._claims else []
+        not_free = devices.free_again(held, self._memory_before, self.run.folder.name, tick)
         said = durable.load_json(attempt.failure) or {}
-        outcome = self._judge(attempt, code, progress.good, said)
+        outcome = self._judge(attempt, code, pace.good, said)
         if left:
             outcome["message"] += f" Processes that would not die: {left}."
+        if not_free:
+            outcome["message"] = f"{outcome['message']} {not_free}".strip()
+        outs = {} if outcome["restarting"] else Outs(self.run).digests(tick)
         seal = rundir.Seal(
             attempt=attempt.number,
             code=code if code >= 0 else None,
             signal=-code if code < 0 else None,
             files=dict(_digests(attempt)),
             ended_at=times.now(),
+            outs=outs,
+            outs_sha256=rundir.outs_sha256(outs),
             **outcome,
         )
-        self._save_status(attempt, progress, "ended")
+        self._save_status(attempt, pace, "ended")
         try:
             durable.save_json(attempt.exit, seal.document())
         except OSError:  # the disk is full: let the reserve go, which is what it is for
@@ -237,12 +256,14 @@ class Supervisor:
 
     def _judge(self, attempt: rundir.Attempt, code: int, good: int, said: dict[str, Any]) -> dict[str, Any]:
         """The outcome fields of the seal: done, stopped, failed on purpose, or crashed (and whether to go on)."""
-        if code == 0:
+        if code == 0 and (self.order.restarts or not self._stopping):  # a command may end with 0 when it is stopped
             return _outcome("done")
         if self._stopping:
             return _outcome("stopped", "stopped", "It was stopped before it was done.")
         if said:
             return _outcome("failed", said["kind"], said["message"], said["hint"])
+        if not self.order.restarts:
+            return _outcome("failed", "command", f"The command {_how(code)}. Last words: {last_words(attempt.log)}")
         self.crashes_without_row = 0 if good else self.crashes_without_row + (code > 0)
         self.kills_without_row = 0 if good else self.kills_without_row + (code < 0)
         give_up = (
@@ -250,9 +271,22 @@ class Supervisor:
             or self.kills_without_row >= KILLS_WITHOUT_ROW_MAX
             or attempt.number >= ATTEMPTS_MAX
         )
-        how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.strsignal(-code) or -code}"
-        message = f"The worker {how} in attempt {attempt.number}. Last words: {last_words(attempt.log)}"
+        message = f"The worker {_how(code)} in attempt {attempt.number}. Last words: {last_words(attempt.log)}"
         return {**_outcome("crashed", "crash", message), "restarting": not give_up}
+
+
+def _how(code: int) -> str:
+    """How a process ended that did not end well."""
+    if code > 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed by {name} ({signal.strsignal(-code) or 'no name'})"
+
+
+def _not_started(error: OSError) -> dict[str, Any]:
+    """Why no worker could be started: its working folder or its Python is gone, or the disk is full."""
+    kind = "disk_full" if durable.is_full(error) else "config"
+    return _outcome("failed", kind, f"The worker could not be started: {error}.", "Mend that, then resume the run.")
 
 
 def _kill_group(worker: subprocess.Popen[bytes]) -> None:
@@ -307,7 +341,7 @@ def last_words(log: Path) -> str:
 def main(folder: str) -> int:
     """Supervise the run in `folder`; the order comes on standard input. Exits 0 also when another got there first."""
     run = rundir.Run(Path(folder))
-    order = Order(**json.load(sys.stdin.buffer))
+    order = Order.of(json.load(sys.stdin.buffer))
     lock = locks.take(run.run_lock, _LOCK_WAIT_S)
     if lock is None or run.last_attempt() != order.expect_attempt:
         return 0

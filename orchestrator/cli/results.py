@@ -12,7 +12,7 @@ from orchestrator.cli import output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 
-_DISAGREEMENTS_SHOWN = 10
+_SHOWN = 10
 _DOUBTFUL = (
     ("finish_length", 0.05, "of the completions were cut at max_new_tokens; a larger one may score better."),
     ("no_answer", 0.10, "of the completions hold no answer; look at some: the prompt may not ask for one clearly."),
@@ -92,6 +92,16 @@ def show(run: Run) -> None:
     click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
 
 
+def show_outs(run: Run) -> None:
+    """Print what a command brought home."""
+    files = sorted(path for path in run.home.out.rglob("*") if path.is_file())
+    click.echo(f"\n{len(files)} files are home in {run.home.out}" if files else "\nNo files were to come home.")
+    for path in files[:_SHOWN]:
+        click.echo(f"  {plain(path.relative_to(run.home.out).as_posix())}")
+    if len(files) > _SHOWN:
+        click.echo(f"  … and {len(files) - _SHOWN} more")
+
+
 def _warnings(found: dict[str, Any]) -> list[str]:
     """What makes the numbers above doubtful, in words."""
     said = [plain(warning) for warning in found["resolved"].get("warnings", [])]
@@ -122,10 +132,10 @@ def _show_disagreements(found: list[dict[str, Any]]) -> None:
         click.echo("\nThe rules agree on every completion.")
         return
     click.echo(f"\nThe rules disagree on {len(found)} completions:")
-    for item in found[:_DISAGREEMENTS_SHOWN]:
+    for item in found[:_SHOWN]:
         words = ", ".join(
             f"{rule}: {plain(str(item['answers'][rule]))} ({item['scores'][rule]})" for rule in item["answers"]
         )
         click.echo(f"  {item['index']}  {words}")
-    if len(found) > _DISAGREEMENTS_SHOWN:
-        click.echo(f"  … and {len(found) - _DISAGREEMENTS_SHOWN} more; --json gives all of them.")
+    if len(found) > _SHOWN:
+        click.echo(f"  … and {len(found) - _SHOWN} more; --json gives all of them.")

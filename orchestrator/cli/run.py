@@ -15,6 +15,7 @@ from orchestrator.cli import output, results
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
 from orchestrator.runs import Run
+from orchestrator.view import View
 
 _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
@@ -132,7 +133,7 @@ def _announce(run: Run, how: dict[str, bool]) -> None:
 def _carry(run: Run, how: dict[str, bool]) -> None:
     """Bring the run home (or, detached, just started) and print how it stands."""
     try:
-        with _leaving(run), view.watching(run.record.rows_home, how["quiet"] or how["as_json"]) as news:
+        with _leaving(run), _watching(run, how) as news:
             if how["detach"]:
                 journey.set_off(run, news)
             else:
@@ -145,14 +146,29 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
 
 def _show_outcome(run: Run, how: dict[str, bool]) -> None:
     """Print where the run stands now; a script gets its one document whatever happened."""
-    ended = run.record.state in runs.ENDED and run.record.rows_home > 0
+    is_command = run.job()["story"] == "command"
+    ended = run.record.state in runs.ENDED and (run.record.rows_home > 0 or is_command)
     if how["as_json"]:
         found = results.load_summary(run) if ended else None
         output.document({**advance.document(run), "folder": str(run.home.folder), "summary": found})
+    elif ended and is_command:
+        results.show_outs(run)
     elif ended:
         results.show(run)
     elif how["detach"] and not how["quiet"]:
         click.echo(f"Follow it:             gpu logs -f {run.run_id}\nBring its rows home:   gpu pull {run.run_id}")
+
+
+@contextlib.contextmanager
+def _watching(run: Run, how: dict[str, bool]) -> Iterator[View]:
+    """What a person sees meanwhile: of a command, what it prints; of a job, how far it is."""
+    silent = how["quiet"] or how["as_json"]
+    if run.job()["story"] == "command" and not silent:
+        with output.text(run.record.env_names) as echo:
+            yield view.Listening(echo)
+    else:
+        with view.watching(run.record.rows_home, silent) as news:
+            yield news
 
 
 def _waiting(run: Run) -> Callable[[float], None]:

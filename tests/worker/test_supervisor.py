@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from jobs import durable, locks, rows, rundir, spec
 from orchestrator import advance, config, machines, transport
 from orchestrator.runs import Run
 from tests.waiting import until
-from worker import processes
+from worker import agent, processes
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and the subreaper of Linux")
 Folder = Callable[[Run], rundir.Run]
@@ -46,8 +47,12 @@ def order(run: Run, expect_attempt: int = 0) -> bytes:
     )
 
 
+def unseen(_frame: object, _data: bytes) -> None:
+    """Nobody watches."""
+
+
 def begin(run: Run) -> dict[str, Any]:
-    advance.push(run, machines.this_computer())
+    advance.push(run, machines.this_computer(), unseen)
     return ask(run, "start", data=order(run))
 
 
@@ -83,7 +88,7 @@ def test_a_run_ends_with_a_seal_that_names_its_rows(counting_run: Callable[..., 
 def test_twenty_starts_at_once_start_one_worker(counting_run: Callable[..., Run], on_machine: Folder) -> None:
     """Asked by twenty at the same time, a run starts one attempt, and one of them is told that it did."""
     run = counting_run(count=3, pace_s=0.2)
-    advance.push(run, machines.this_computer())
+    advance.push(run, machines.this_computer(), unseen)
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: ask(run, "start", data=order(run)), range(20)))
     assert sum(answer["started"] for answer in answers) == 1
@@ -119,7 +124,7 @@ def test_a_start_cut_off_while_it_is_read_starts_nothing(
     """A connection that dies inside the request leaves no supervisor and no job."""
     run = counting_run(count=2)
     machine = machines.this_computer()
-    advance.push(run, machine)
+    advance.push(run, machine, unseen)
     words = transport.agent_words(machine, run.record.agent, "start", run.run_id)
     subprocess.run(words, input=moment, capture_output=True, check=False, timeout=30)
     assert ask(run, "state")["state"] == "none"
@@ -245,26 +250,54 @@ def test_secrets_stay_in_memory(counting_run: Callable[..., Run], on_machine: Fo
     assert not [line for line in words if b"s3cr3t-canary" in line]
 
 
-def test_a_run_that_has_begun_takes_no_more_files(counting_run: Callable[..., Run], on_machine: Folder) -> None:
-    """Rows from home are taken before the first attempt only: a worker never finds them changed under it."""
-    run = counting_run(count=2)
-    line = b"{}\n"
-    header = {"name": "home.jsonl", "bytes": len(line), "sha256": hashlib.sha256(line).hexdigest()}
-    piece = spec.canonical(header) + b"\n" + line
-    advance.push(run, machines.this_computer())
+def test_a_running_run_takes_no_files(counting_run: Callable[..., Run], on_machine: Folder) -> None:
+    """Rows from home are taken before and after a run, never under a worker; the next attempt finds them."""
+    run = counting_run(count=40, pace_s=0.05)
+    piece = put(b"{}\n")
+    advance.push(run, machines.this_computer(), unseen)
     assert ask(run, "put", data=piece) == {"put": ["home.jsonl"]}
-    on_machine(run).home.unlink()
     ask(run, "start", data=order(run))
-    ended(run)
-    assert ask(run, "put", data=piece) == {"put": []}
-    assert not on_machine(run).home.exists()
+    assert ask(run, "put", data=put(b"{}\n{}\n")) == {"put": []}
+    assert on_machine(run).home.read_bytes() == b"{}\n"
+    ask(run, "stop", "5")
+    good = rows.index(on_machine(run).attempt(1).rows).good
+    others = b"".join(rows.encode({"key": f"t/s/{number}#0", "error": None}) for number in range(good, 40))
+    assert ask(run, "put", data=put(others)) == {"put": ["home.jsonl"]}
+    ask(run, "start", data=order(run, expect_attempt=1))
+    assert ended(run).reason == "done"
+    assert rows.index(on_machine(run).attempt(2).rows).good == 0
+
+
+def put(data: bytes) -> bytes:
+    """The frame that renews the rows from home."""
+    header = {"name": "home.jsonl", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return spec.canonical(header) + b"\n" + data
+
+
+def test_a_supervisor_that_seals_is_not_killed(
+    counting_run: Callable[..., Run], on_machine: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop leaves a supervisor alone that hashes large files, by its own recent word; one that is silent it ends."""
+    monkeypatch.setattr(agent, "_STOP_MARGIN_S", 0.1)
+    killed: list[str] = []
+    monkeypatch.setattr(agent, "_kill_all", lambda run: killed.append(run.folder.name))
+    run = on_machine(counting_run())
+    durable.have_folder(run.attempt(1).folder)
+    durable.save_json(run.current, {"attempt": 1})
+    with locks.held(run.run_lock, 0):
+        for state, age_s, is_killed in (("sealing", 0, False), ("sealing", 60, True), ("stopping", 0, True)):
+            durable.save_json(run.attempt(1).status, {"state": state})
+            os.utime(run.attempt(1).status, (time.time() - age_s, time.time() - age_s))
+            killed.clear()
+            assert agent.stop(run, 0.0)["state"] == "running"
+            assert bool(killed) is is_killed
 
 
 @pytest.mark.parametrize("name", ["job.json", "../../escape", "attempts/0001/rows.jsonl", "run.lock", "/etc/x"])
 def test_only_what_comes_from_home_is_taken(counting_run: Callable[..., Run], on_machine: Folder, name: str) -> None:
     """A file that a start does not need is refused by name, and nothing is written."""
     run = counting_run(count=2)
-    advance.push(run, machines.this_computer())
+    advance.push(run, machines.this_computer(), unseen)
     header = {"name": name, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     assert ask(run, "put", data=spec.canonical(header) + b"\nx") == {"error": "refused", "name": name}
     assert list(on_machine(run).folder.iterdir()) == []
