@@ -11,6 +11,7 @@ from jobs import spec
 
 _PART_MAX_BYTES = 255
 _PATH_MAX_BYTES = 4096
+_LINKS_MAX = 40
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -68,6 +69,9 @@ class Tree:
             raise BadTree("this is no tree") from None
         if not sound or paths != sorted(set(paths)):
             raise BadTree("a tree with a name, a size or a digest that cannot be")
+        links = {entry.path: entry.link for entry in tree.entries if entry.link}
+        if not all(_lands_inside(links, path) for path in links):
+            raise BadTree("a tree with links that lead out of it together")
         folders = {path[:cut] for path in paths for cut, sign in enumerate(path) if sign == "/"}
         if folders.intersection(paths):
             raise BadTree("a tree in which something is a file and a folder")
@@ -95,13 +99,33 @@ class Tree:
 
 def _is_sound(entry: Entry) -> bool:
     """Whether the fields of an entry have the right types, its name is safe, and a link stays inside the tree."""
-    if not (isinstance(entry.path, str) and is_safe_path(entry.path)):
+    if not (isinstance(entry.path, str) and isinstance(entry.link, str) and is_safe_path(entry.path)):
         return False
     if type(entry.size) is not int or entry.size < 0 or type(entry.executable) is not bool:
         return False
     if entry.link:
-        return isinstance(entry.link, str) and not entry.sha256 and entry.size == 0 and _stays_inside(entry)
+        return not entry.sha256 and entry.size == 0 and _stays_inside(entry)
     return is_sha256(entry.sha256)
+
+
+def _lands_inside(links: dict[str, str], path: str) -> bool:
+    """Whether following a path, and every link on its way, as the system does, never leaves the tree."""
+    at: list[str] = []
+    pending = path.split("/")
+    hops = 0
+    while pending and hops <= _LINKS_MAX:  # a circle of links leads nowhere, which is inside
+        part = pending.pop(0)
+        if part == ".." and not at:
+            return False
+        if part == "..":
+            at.pop()
+        elif part not in ("", "."):
+            at.append(part)
+            if target := links.get("/".join(at)):
+                hops += 1
+                at.pop()
+                pending = [*target.split("/"), *pending]
+    return True
 
 
 def _stays_inside(entry: Entry) -> bool:

@@ -128,6 +128,9 @@ def _staged(run: Run, machine: Machine, packed: Cargo) -> Path:
     request: dict[str, Any] = {"run_id": run.run_id, "code": digest, "needs": []}
     words = transport.root_words(machine, run.record.agent, "stage")
     answer = transport.ask(machine, words, spec.canonical(request), _STAGE_DEADLINE_S)
+    if answer.get("error") in ("damaged", "absent"):  # the machine's disk lost it since: it is sent anew
+        cargo.send(packed, machine, run.record.agent, lambda _: None)
+        answer = transport.ask(machine, words, spec.canonical(request), _STAGE_DEADLINE_S)
     if "work" not in answer:
         raise BadAnswer(f"{machine.name} could not lay out the files of {run.run_id}: {answer}", "Try again.")
     folder = run.job().get("folder", "")

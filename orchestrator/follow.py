@@ -75,6 +75,8 @@ def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_s: f
             return end
         if "cut" in end:
             trouble.take(cut(run, machine, end))
+        else:
+            trouble.over(end, b"", progress=True)
 
 
 class _Trouble:
@@ -84,20 +86,25 @@ class _Trouble:
         self.machine = machine
         self.news = news
         self.tries = 0
+        self.silent = False
         self.began_at = 0.0
 
-    def over(self, frame: dict[str, Any], data: bytes) -> None:
-        """Pass a frame on: whatever was wrong is over."""
-        if self.tries:
-            self.tries = 0
+    def over(self, frame: dict[str, Any], data: bytes, *, progress: bool = False) -> None:
+        """Pass a frame on; what was wrong is over once data comes: a machine that only greets is asked no longer."""
+        if self.silent:
+            self.silent = False
             machines.note(self.machine.name, True)
             self.news({"reachable": self.machine.name}, b"")
+        if data or progress:
+            self.tries = 0
         self.news(frame, data)
 
     def take(self, error: NotReachable) -> None:
         """Wait before the next try; raises the error when there is to be none."""
         if not self.tries:
             self.began_at = clock.monotonic()
+        if not self.silent:
+            self.silent = True
             machines.note(self.machine.name, False)
             self.news({"unreachable": error.message}, b"")
         self.tries += 1

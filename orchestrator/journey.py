@@ -19,6 +19,10 @@ Step = Callable[[Run, Machine, Arrivals, News], None]
 """Something done with a run by the one process that holds its lock."""
 
 
+def _unseen(_frame: object, _data: bytes) -> None:
+    """Nobody watches."""
+
+
 def go(run: Run, news: News, idle: Callable[[float], None], step: Step = advance.carry_home) -> None:
     """Take `step` with the run. While another process follows it, `idle` is told now and then for how many seconds.
 
@@ -33,7 +37,7 @@ def go(run: Run, news: News, idle: Callable[[float], None], step: Step = advance
         time.sleep(_POLL_S)
 
 
-def set_off(run: Run, news: News) -> None:
+def set_off(run: Run, news: News = _unseen) -> None:
     """Advance the run until it runs, and leave it to itself; one that another process follows is left to that."""
     while run.record.state in ("planned", "pushed"):
         if not _taken(run, news, advance.advance):
@@ -193,7 +197,3 @@ def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
         if "cut" in end:
             raise follow.cut(run, machine, end)
         advance.settle(run, arrivals, end)
-
-
-def _unseen(_frame: object, _data: bytes) -> None:
-    """Nobody watches."""

@@ -178,7 +178,8 @@ def detached(run: Run) -> None:
 def rows_home(server: Sshd) -> Iterator[Figure]:
     """From the command to a worker that runs; and how soon a row is seen at home, followed and with `logs -f`."""
     detached(counting_run(1, 0))  # the worker's code is there from now on
-    starts = [timed(lambda run=counting_run(1, 0): detached(run)) for _ in range(ROUNDS)]
+    planned = [counting_run(1, 0) for _ in range(ROUNDS)]
+    starts = [timed(lambda run=run: detached(run)) for run in planned]
     yield Figure("submit until the worker runs", max(starts), "s", f"slowest of {ROUNDS}", at_most=1.0)
     for name, words, target in (("followed", ["resume", "-q"], 3.0), ("logs -f", ["logs", "-f"], 0.5)):
         run = counting_run(100, 0.1)

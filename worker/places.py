@@ -16,7 +16,6 @@ from jobs.trees import Entry, Tree
 from worker import store as stores
 from worker.store import Frame, Refusal, Store
 
-_LOCK_WAIT_S = 600.0
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _IN_THE_WAY = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM)
 """What making a file says where something else stands."""
@@ -119,7 +118,7 @@ def stage(store: Store, source: BinaryIO) -> Frame:
     request = stores.request_of(source)
     run = _own_folder(store.root / "runs", stores.field(request, "run_id", str))
     work = run / "work"
-    with locks.held(run / ".writing", _LOCK_WAIT_S):
+    with locks.held(run / ".writing", stores.LOCK_WAIT_S):
         if made := not os.path.lexists(work):
             tree = _composed(store, request)
             with store.scratch(run) as scratch:
@@ -156,7 +155,7 @@ def view(store: Store, source: BinaryIO) -> Frame:
     """Have a folder of hard links to a tree's blobs, to be read only; one in which somebody wrote is made anew."""
     digest = stores.digest_in(stores.request_of(source), "digest")
     tree, folder = store.tree(digest), store.views / digest
-    with locks.held(store.views / ".writing", _LOCK_WAIT_S):
+    with locks.held(store.views / ".writing", stores.LOCK_WAIT_S):
         if not _is_view(folder, tree):
             with store.scratch(store.views) as scratch:
                 _fill(scratch / "new", tree, _link(store))
@@ -187,7 +186,7 @@ def project(store: Store, source: BinaryIO) -> Frame:
     request = stores.request_of(source)
     folder = _own_folder(store.root / "projects", stores.field(request, "name", str))
     digest = stores.digest_in(request, "digest")
-    with locks.held(folder / ".writing", _LOCK_WAIT_S):
+    with locks.held(folder / ".writing", stores.LOCK_WAIT_S):
         return _Update(store, folder, digest).do()
 
 

@@ -31,7 +31,8 @@ _BATCH_FILES = 20_000
 _PARTS_MAX = 200
 """Names in a path: each folder on the way is held open while a file is written."""
 _LINK_MAX_BYTES = 4000
-_LOCK_WAIT_S = 600.0
+LOCK_WAIT_S = 600.0
+"""For another process that writes in the same place; a tree of a hundred gigabytes takes minutes."""
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """How a file is opened that must not be there yet, not even as a link."""
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -94,7 +95,7 @@ class Store:
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock under which manifests come and blobs go."""
-        return locks.held(self.folder / ".writing", _LOCK_WAIT_S)
+        return locks.held(self.folder / ".writing", LOCK_WAIT_S)
 
     @contextlib.contextmanager
     def scratch(self, beside: Path) -> Iterator[Path]:

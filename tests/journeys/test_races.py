@@ -41,7 +41,7 @@ def follow(run: Run) -> None:
 
 def carry_on(run: Run) -> None:
     """What `gpu resume` does."""
-    journey.reopen(run, new_code=False)
+    journey.carry_on(run, journey.Wish())
     follow(run)
 
 
@@ -338,7 +338,7 @@ def test_a_summary_older_than_the_run_is_made_anew(counting_run: Make, on_machin
     set_off(run, on_machine(run))
     journey.stop(run, 1.0)
     older = durable.load_json(run.home.summary)
-    journey.reopen(run, new_code=False)
+    journey.carry_on(run, journey.Wish())
     set_off(run, on_machine(run))
     journey.stop(run, 1.0)
     durable.save_json(run.home.summary, older)

@@ -42,7 +42,7 @@ def test_a_snapshot_is_the_installed_code(store: Path) -> None:
     """What is kept is every file of `jobs` and `worker`, under a name that is the same for the same content."""
     name = agents.keep(store)
     assert agents.kept(store, name) == agents.sources()
-    assert {"jobs/rows.py", "worker/__main__.py", "worker/locks/worker.txt"} <= agents.sources().keys()
+    assert {"jobs/rows.py", "worker/__main__.py", "worker/locks/train-3.11.txt"} <= agents.sources().keys()
     assert agents.keep(store) == name
     assert [path.name for path in store.glob("[!.]*")] == [name]
 
@@ -90,7 +90,7 @@ def test_compiled_files_are_no_part_of_a_snapshot(store: Path) -> None:
 
 def test_a_power_cut_harms_no_snapshot_that_was_written(store: Path) -> None:
     """Once written, every file is whole after any power cut, and the last thing done is to sync the folder's name."""
-    files = {"jobs/rows.py": b"x = 1\n" * 2000, "worker/agent.py": b"y = 2\n", "worker/locks/worker.txt": b"torch\n"}
+    files = {"jobs/rows.py": b"x = 1\n" * 2000, "worker/agent.py": b"y = 2\n", "worker/locks/train-3.11.txt": b"t\n"}
     recorder = RecordingOs()
     with instead_of_os(recorder):
         agents.write(files, store / agents.digest(files))

@@ -198,9 +198,9 @@ def test_what_the_dead_have_left_blocks_nobody(driver: Driver, tmp_path: Path, w
     """A ticket or a claim whose owner was killed counts no more, and its files may stay."""
     driver.says(1, [])
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from jobs import rundir\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from jobs import rundir\n"
         "from worker import devices; claims = devices.Claims(rundir.Run(Path(sys.argv[2])), None, True)\n"
-        "print(claims.take(), flush=True); time.sleep(1000)"
+        "print(claims.take(), flush=True); signal.pause()"
     )
     holder = claims(tmp_path, "holder")
     assert whose == "claim" or holder.take()

@@ -22,13 +22,13 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and
 Process = subprocess.Popen[bytes]
 Start = Callable[..., Process]
 ESCAPE = [
-    "import os, signal, sys, time",
+    "import os, signal, sys",
     "if os.fork(): sys.exit()",
     "os.setsid()",
     "if os.fork(): os._exit(0)",
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
     "open(sys.argv[1], 'w').write(str(os.getpid()))",
-    "time.sleep(600)",
+    "signal.pause()",
 ]
 """A daemon: in a session of its own, orphaned on purpose, deaf to TERM."""
 
@@ -187,31 +187,33 @@ def test_an_order_that_is_none_runs_nothing(data: bytes, tmp_path: Path) -> None
     assert (done.returncode, done.stdout, done.stderr) == (125, b"", b"gpu: the order is none\n")
 
 
-def test_the_command_is_ended_when_the_laptop_is_gone(start: Start, tmp_path: Path) -> None:
-    """At the end of its input a command gets TERM first, and may end by itself in time."""
+@pytest.mark.parametrize("escaped", [False, pytest.param(True, marks=linux_only)])
+def test_the_command_is_ended_when_the_laptop_is_gone(start: Start, escaped: bool) -> None:
+    """At the end of its input a command gets TERM first, and all it started, and may end by itself in time."""
     code = [
-        "import os, signal, sys, time",
+        "import os, signal, sys",
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(7)))",
         "print(os.getpid(), flush=True)",
-        "time.sleep(600)",
+        "signal.pause()",
     ]
-    process = start(*python(code))
+    around = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], start_new_session=True)"
+    process = start(*python(around, "\n".join(code))) if escaped else start(*python(code))
     assert process.stdin is not None
     assert process.stdout is not None
     pid = int(process.stdout.readline())
     process.stdin.write(b"what else comes is passed over\n")
     assert is_alive(pid)
     process.stdin.close()
-    assert (process.stdout.read(), process.wait(30)) == (b"saved\n", 7)
+    assert (process.stdout.read(), process.wait(30)) == (b"saved\n", 143 if escaped else 7)
 
 
 @linux_only
 def test_what_escaped_and_is_deaf_is_killed_with_it(start: Start, tmp_path: Path) -> None:
     """Two seconds after the laptop is gone neither a command that ignores TERM is left, nor a daemon of its."""
     pids = [tmp_path / "daemon", tmp_path / "command"]
-    deaf = ["import os, signal, subprocess, sys, time", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"]
+    deaf = ["import os, signal, subprocess, sys", "signal.signal(signal.SIGTERM, signal.SIG_IGN)"]
     deaf += ["subprocess.run([sys.executable, '-c', sys.argv[3], sys.argv[1]])"]
-    deaf += ["open(sys.argv[2], 'w').write(str(os.getpid()))", "time.sleep(600)"]
+    deaf += ["open(sys.argv[2], 'w').write(str(os.getpid()))", "signal.pause()"]
     process = start(*python(deaf, *pids, "\n".join(ESCAPE)))
     assert process.stdin is not None
     alive = [pid_in(path) for path in pids]
@@ -227,8 +229,8 @@ def test_what_escaped_and_is_deaf_is_killed_with_it(start: Start, tmp_path: Path
 def test_whoever_kills_what_the_laptop_started_ends_the_command(start: Start, tmp_path: Path, number: int) -> None:
     """Killed with its whole group, as a connection that is given up does, `exec` leaves neither command nor daemon."""
     pids = [tmp_path / "daemon", tmp_path / "command"]
-    code = ["import os, subprocess, sys, time", "subprocess.run([sys.executable, '-c', sys.argv[3], sys.argv[1]])"]
-    code += ["open(sys.argv[2], 'w').write(str(os.getpid()))", "time.sleep(600)"]
+    code = ["import os, signal, subprocess, sys", "subprocess.run([sys.executable, '-c', sys.argv[3], sys.argv[1]])"]
+    code += ["open(sys.argv[2], 'w').write(str(os.getpid()))", "signal.pause()"]
     process = start(*python(code, *pids, "\n".join([line for line in ESCAPE if "IGN" not in line])))
     alive = [pid_in(path) for path in pids]
     os.killpg(process.pid, number)
@@ -238,7 +240,7 @@ def test_whoever_kills_what_the_laptop_started_ends_the_command(start: Start, tm
 @linux_only
 def test_the_command_dies_with_its_watcher(start: Start, tmp_path: Path) -> None:
     """When the process that watches it is killed, the kernel kills the command, and that is told."""
-    process = start(*python("import os, time; print(os.getppid(), os.getpid(), flush=True); time.sleep(600)"))
+    process = start(*python("import os, signal; print(os.getppid(), os.getpid(), flush=True); signal.pause()"))
     assert process.stdout is not None
     watcher, command = map(int, process.stdout.readline().split())
     assert watcher != process.pid

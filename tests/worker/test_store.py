@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 
+from jobs import locks
 from tests.faults import test_nth_failure
 from tests.waiting import until
 from tests.worker import pushing
@@ -84,9 +85,8 @@ def test_a_stream_cut_anywhere_leaves_whole_files_only(root: Path) -> None:
 
 def test_a_file_that_is_not_what_it_is_called_is_named_and_not_kept(root: Path) -> None:
     """A frame with a flipped byte ends the stream with its name; the files before it are kept."""
-    stream = framed(b"good", b"bad") + framed(b"after")
-    said = ask(root, "take", stream.replace(b"\nbad", b"\nbed"))
-    assert said == {"error": "damaged", "sha256": sha256(b"bad")}
+    stream = framed(b"good", b"bad", b"after").replace(b"\nbad", b"\nbed")
+    assert ask(root, "take", stream) == {"error": "damaged", "sha256": sha256(b"bad")}
     assert blobs(root) == {sha256(b"good")}
 
 
@@ -116,9 +116,8 @@ def test_the_largest_frame_is_taken_in_little_memory(root: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (48 << 20, 48 << 20))
 
-    with subprocess.Popen(pushing.words("take", root), stdin=-1, stdout=-1, preexec_fn=limit) as process:
-        out, _ = process.communicate(header + data)
-    assert json.loads(out) == {"taken": 1}
+    done = subprocess.run(pushing.words("take", root), input=header + data, stdout=-1, preexec_fn=limit, check=True)
+    assert json.loads(done.stdout) == {"taken": 1}
     assert blobs(root) == {sha256(data)}
 
 
@@ -154,8 +153,8 @@ def test_a_big_file_grows_until_it_can_be_adopted(root: Path) -> None:
 def test_a_big_file_that_can_never_be_right_is_removed(root: Path, data: bytes, why: str) -> None:
     """What is as long as it should be but different, or longer, is removed, so that its sender begins anew."""
     incoming(root, sha256(BIG), data)
-    said = ask(root, "adopt", {"sha256": sha256(BIG), "bytes": len(BIG)})
-    assert said == {"adopted": False, "why": why, "bytes": 0}
+    asked = {"sha256": sha256(BIG), "bytes": len(BIG)}
+    assert ask(root, "adopt", asked) == {"adopted": False, "why": why, "bytes": 0}
     assert blobs(root) == set()
     assert list((root / "store" / "incoming").iterdir()) == []
 
@@ -315,7 +314,18 @@ def test_a_death_at_any_step_leaves_what_is_sound_and_can_be_repeated(case: Case
         assert all(data in (FILES.get(name), OLD.get(name)) for name, data in pushing.found(tree).items())
         case.assert_repeated()
         case.begin()
-    assert_sound(case.root)
+
+
+def test_an_update_that_was_killed_leaves_nothing_to_the_next(root: Path) -> None:
+    """After a death in the midst of a project's update, another tree is there alone: all of the cut off one is gone."""
+    (asked, _), third = cases(root)["project"], push(root, {"x": b"x"})
+    shutil.copytree(root, root.parent.parent / "before", symlinks=True)
+    case = Case(root, "project", asked, {})
+    for _ in pushing.every_death(case.do):
+        with pushing.unsynced():
+            assert "path" in answer(root, "project", {"name": "p", "digest": third})
+        assert pushing.found(root / "projects" / "p" / "tree") == {"x": b"x"}
+        case.begin()
 
 
 def test_a_disk_that_is_full_at_any_step_is_said_and_can_be_repeated(case: Case) -> None:
@@ -361,6 +371,18 @@ def test_takes_at_the_same_time_do_not_disturb_each_other(root: Path) -> None:
         assert json.loads(slow.stdout.read()) == {"taken": 2}
     assert blobs(root) == {sha256(b"first" * 100), sha256(b"second"), sha256(b"third")}
     assert_sound(root)
+
+
+@pytest.mark.parametrize(
+    ("verb", "folder"), [("keep", "store"), ("stage", "runs/r"), ("view", "store/views"), ("project", "projects/p")]
+)
+def test_what_another_does_is_waited_for(root: Path, verb: str, folder: str) -> None:
+    """While another process writes in the same place, nothing is done; when that takes too long, the answer says so."""
+    asked, right = cases(root)[verb]
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    with mock.patch.object(store, "LOCK_WAIT_S", 0.1), locks.held(root / folder / ".writing", 0):
+        assert answer(root, verb, asked) == {"error": "busy", "folder": str(root)}
+    assert right.items() <= answer(root, verb, asked).items()
 
 
 @pytest.mark.parametrize("verb", ["adopt", "stage", "view", "project"])
