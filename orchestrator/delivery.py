@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,11 @@ from orchestrator.transport import Machine
 
 MODULES = ("torch", "transformers", "peft", "datasets")
 """What an interpreter named with --python must import together."""
+_CHATTER = re.compile(
+    r"Collecting |Requirement already|Using cached|Attempting |Found existing|Uninstalling |Successfully |"
+    r"Installing collected|Downloading (?!.*\([0-9]{3,}\.[0-9] MB\))"
+)
+"""What an installer says that nobody needs to read; large downloads are told."""
 _STAGE_DEADLINE_S = 600.0
 _CHECKED_FOR_S = 86_400.0
 
@@ -91,7 +97,7 @@ def interpreter(kind: str | None, machine: Machine, agent: str, say: Say) -> str
 
 def _made(kind: str, machine: Machine, agent: str, say: Say) -> str:
     """The Python of an environment that the machine makes, or has."""
-    python = environments.ensure(machine, agent, kind, say)
+    python = environments.ensure(machine, agent, kind, lambda line: None if _CHATTER.match(line) else say(line))
     book = _environments(machine.name)
     if durable.load_news(book).get(kind) != python:
         durable.save_json(book, {**durable.load_news(book), kind: python}, synced=False)
