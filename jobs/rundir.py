@@ -49,7 +49,8 @@ def may_come_home(name: str) -> bool:
 
 def grows(name: str) -> bool:
     """Whether a file of that name only grows and comes home by offset; all others come whole."""
-    return name.endswith(".jsonl") if name.startswith(f"{OUT}/") else name.rpartition("/")[2] in GROWING
+    first, _, rest = name.partition("/")
+    return rest.endswith(".jsonl") if first == OUT else first == "attempts" and rest.rpartition("/")[2] in GROWING
 
 
 def is_of_weights(folder: Path) -> bool:

@@ -53,7 +53,7 @@ def deliver(run: Run, machine: Machine, say: Say) -> Place:
         if not fetched.done():
             machine.close()  # what is not here yet, the worker fetches itself
     _lay_out(packed, machine, agent)
-    work = _staged(run, machine, packed)
+    work = _staged(run, machine, packed) if packed.work else machine.root
     python = found.result()
     return Place(python or machine.python, str(work), str(Path(python).parent) if python else "")
 
@@ -130,7 +130,8 @@ def _checked_lately(name: str, python: str) -> bool:
 
 def _staged(run: Run, machine: Machine, packed: Cargo) -> Path:
     """The run's own working folder there, made of its tree unless it is there already; returns where the job works."""
-    digest = packed.work.tree.digest() if packed.work else None
+    assert packed.work is not None
+    digest = packed.work.tree.digest()
     request: dict[str, Any] = {"run_id": run.run_id, "code": digest, "needs": []}
     words = transport.root_words(machine, run.record.agent, "stage")
     answer = transport.ask(machine, words, spec.canonical(request), _STAGE_DEADLINE_S)

@@ -134,7 +134,7 @@ class Arrivals:
         if path.name == "status.json" and not self._is_out(path):
             durable.replace_whole(path, data, synced=False)
         else:
-            self._put_in_place(self._parts.whole(data), path)
+            self._put_in_place(self._parts.whole(self._name(path), data), path)
 
     def _take_piece(self, path: Path, frame: dict[str, Any], data: bytes) -> None:
         """Add a piece to the file's hidden part; the last one makes the file appear."""

@@ -34,8 +34,9 @@ class Parts:
                 found[note["name"]] = {"digest": note["digest"], "bytes": part.stat().st_size}
         return found
 
-    def whole(self, data: bytes) -> Path:
-        """A file that came in one frame, synced: to be renamed to its place."""
+    def whole(self, name: str, data: bytes) -> Path:
+        """A file that came in one frame, synced: to be renamed to its place. Parts of an older version are dropped."""
+        self._forget(self._note(name).with_suffix(".part"))
         path = self._place("whole.part")
         with durable.opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW) as descriptor:
             durable.write_all(descriptor, data)
@@ -71,13 +72,16 @@ class Parts:
 
     def _part(self, name: str, note: dict[str, Any], offset: int) -> Path:
         """The hidden file of a name, empty when the piece begins another version of it, or the same one anew."""
-        path = self._place(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest() + ".json")
+        path = self._note(name)
         part = path.with_suffix(".part")
         if offset == 0 or durable.load_news(path) != note:
             self._hashers.pop(name, None)
             self._forget(part)
             durable.save_json(path, note)
         return part
+
+    def _note(self, name: str) -> Path:
+        return self._place(hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest() + ".json")
 
     def _place(self, name: str) -> Path:
         return outs.place(self._home.folder, (self.folder / name).relative_to(self._home.folder).as_posix())

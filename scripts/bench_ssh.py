@@ -40,7 +40,7 @@ from tests.conftest import COUNTING  # noqa: E402
 from tests.rig import Proxy, Sshd  # noqa: E402
 
 CALLS = 100
-ROUNDS = 3
+ROUNDS = 4
 FILES = 5000
 CHECKPOINT_BYTES = 729_000_000
 DEADLINE_S = 120.0
@@ -141,8 +141,11 @@ def checkpoint(machine: SshMachine, scratch: Path) -> Iterator[Figure]:
     for index in range(ROUNDS):
         source.write_bytes(os.urandom(1 << 20) * (CHECKPOINT_BYTES >> 20))
         target = scratch / "box" / f"raw{index}"
+        os.sync()
         theirs.append(timed(lambda target=target: subprocess.run([*raw, f"gpu-box:{target}"], check=True)))
+        os.sync()
         sent.append(timed(lambda index=index: machine.push_files([(source, f"part{index}")], lambda _: None)))
+        os.sync()
         (incoming / f"part{index}").unlink()
         target.unlink()
 
@@ -151,11 +154,11 @@ def checkpoint(machine: SshMachine, scratch: Path) -> Iterator[Figure]:
             cargo.send(Cargo(params={"model": (content, source.name)}), machine, agent, lambda _: None)
 
         verified.append(timed(whole))
-    base = statistics.median(theirs)
-    words = f"rsync {base:.2f} s; medians of {ROUNDS}"
-    yield Figure("checkpoint of 729 MB, sent", statistics.median(sent) / base, "times", words, at_most=1.05)
-    words = f"{statistics.median(verified):.2f} s; hashed here and there"
-    yield Figure("the same, verified by its hash", statistics.median(verified) / base, "times", words, at_most=1.5)
+    base = min(theirs)
+    words = f"rsync {base:.2f} s; the fastest of {ROUNDS} each, as disks and neighbours slow some"
+    yield Figure("checkpoint of 729 MB, sent", min(sent) / base, "times", words, at_most=1.05)
+    words = f"{min(verified):.2f} s; hashed here and there"
+    yield Figure("the same, verified by its hash", min(verified) / base, "times", words, at_most=1.5)
 
 
 def counting_run(count: int, pace_s: float, on: str = "box") -> Run:

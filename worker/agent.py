@@ -104,7 +104,7 @@ def _kill_all(run: rundir.Run) -> None:
         processes.kill([known["pid"] for known in pids.values() if processes.is_same(known)])
     deadline = time.monotonic() + _STOP_MARGIN_S
     while locks.is_held(run.run_lock) and time.monotonic() < deadline:
-        processes.kill(processes.marked(run.folder.name))
+        processes.kill(processes.marked(str(run.folder)))
         time.sleep(_POLL_S / 4)
 
 

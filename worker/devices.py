@@ -209,11 +209,11 @@ def _holder(path: Path) -> str:
     return "a run that has just begun"
 
 
-def free_again(devices: list[str], before: dict[str, int], run_id: str, tick: Callable[[], None]) -> str:
+def free_again(devices: list[str], before: dict[str, int], run: str, tick: Callable[[], None]) -> str:
     """Wait until what a run used is free again, ending what is left of the run; words about what is not, or nothing."""
     deadline = time.monotonic() + FREED_WITHIN_S
     while devices:
-        processes.kill(_users(processes.marked(run_id)))
+        processes.kill(_users(processes.marked(run)))
         used = memory_used()
         still = {each: used[each] for each in devices if used.get(each, 0) > before.get(each, 0) + FREED_MIB}
         if not still:

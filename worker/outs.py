@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -88,27 +89,27 @@ class Outs:
 
     def find(self, skip: Skip) -> dict[str, os.stat_result]:
         """Every file that matches, by its name on the wire and in its order; `skip` hears of what is passed over."""
-        found: dict[str, os.stat_result] = {}
+        return dict(self._found(skip))
+
+    def _found(self, skip: Skip) -> Iterator[tuple[str, os.stat_result]]:
         if not self.patterns:
-            return found
+            return
         try:
             root = open_folder(self.run.folder, self.parts)
         except OSError:
-            return found  # nothing was made yet, or a link is in its place
+            return  # nothing was made yet, or a link is in its place
         try:
-            for name, facts in _walk(root, rundir.OUT, frozenset(_parsed(self.patterns, skip)), skip):
-                if len(found) == FILES_MAX:
-                    skip(plain(name), f"more than {FILES_MAX} files")
-                    break
-                found[name] = facts
+            walk = _walk(root, rundir.OUT, frozenset(_parsed(self.patterns, skip)), skip)
+            yield from itertools.islice(walk, FILES_MAX)
+            for name, _ in itertools.islice(walk, 1):
+                skip(plain(name), f"more than {FILES_MAX} files")
         finally:
             os.close(root)
-        return found
 
     def digests(self, tick: Callable[[], None]) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of each of these files, for the seal; `tick` is called now and then meanwhile."""
         found = {}
-        for name in self.find(lambda *_: None):
+        for name, _ in self._found(lambda *_: None):
             digest, size = hashlib.sha256(), 0
             with contextlib.suppress(OSError), os.fdopen(self.open(name), "rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-RUN_MARK = "GPU_RUN_ID"
-"""Environment variable that every process of a run inherits; leftovers of a killed supervisor are found by it."""
+RUN_MARK = "GPU_RUN_FOLDER"
+"""Environment variable that every process of a run inherits: its folder here, which no other run has, not even on
+another machine that shares this computer's processes. Leftovers of a killed supervisor are found by it."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEPS_MAX = 200
@@ -100,9 +101,9 @@ def _pids() -> list[int]:
         return []
 
 
-def marked(run_id: str) -> list[int]:
+def marked(folder: str) -> list[int]:
     """Processes of this user, other than the caller, that inherited the mark of a run; Linux only, empty elsewhere."""
-    mark = f"{RUN_MARK}={run_id}".encode()
+    mark = os.fsencode(f"{RUN_MARK}={folder}")
     found = []
     for pid in _pids():
         with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks, rundir, times
+from jobs import durable, locks, rundir, spec, times
 from worker import devices, processes
 from worker.failures import ConfigFailure
 from worker.order import Order
@@ -66,7 +66,7 @@ class Supervisor:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_stop)
-        processes.kill(processes.marked(self.run.folder.name))
+        processes.kill(processes.marked(str(self.run.folder)))
         while True:
             if not self._attempt().restarting:
                 break
@@ -132,7 +132,7 @@ class Supervisor:
     def _spawn(self, attempt: rundir.Attempt) -> subprocess.Popen[bytes]:
         me = os.getpid()
         words = [self.order.python, "-I", "-X", "utf8", str(Path(self.order.agent) / "worker" / "__main__.py"), "work"]
-        env = self.order.environment(os.environ) | {processes.RUN_MARK: self.run.folder.name}
+        env = self.order.environment(os.environ) | {processes.RUN_MARK: str(self.run.folder)}
         if self._claims:
             env |= self._claims.environment()
         with durable.opened(attempt.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as log:
@@ -228,7 +228,7 @@ class Supervisor:
         tick()
         left = processes.sweep()
         held = self._claims.devices if self._claims else []
-        not_free = devices.free_again(held, self._memory_before, self.run.folder.name, tick)
+        not_free = devices.free_again(held, self._memory_before, str(self.run.folder), tick)
         said = durable.load_json(attempt.failure) or {}
         outcome = self._judge(attempt, code, pace.good, said)
         if left:
@@ -247,11 +247,12 @@ class Supervisor:
             **outcome,
         )
         self._save_status(attempt, pace, "ended")
+        data = spec.canonical(seal.document()) + b"\n"  # in one line: of thousands of outs, that takes far less memory
         try:
-            durable.save_json(attempt.exit, seal.document())
+            durable.replace_whole(attempt.exit, data)
         except OSError:  # the disk is full: let the reserve go, which is what it is for
             self.run.reserve.unlink(missing_ok=True)
-            durable.save_json(attempt.exit, seal.document())
+            durable.replace_whole(attempt.exit, data)
         return seal
 
     def _judge(self, attempt: rundir.Attempt, code: int, good: int, said: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,19 @@ HOSTILE = [
 ]
 """Parents, separators, shells' favourites, and characters that look like dots and slashes."""
 SAFE = string.ascii_letters + string.digits + "._-"
-PIECES = [*HOSTILE, "attempts", "0001", "rows.jsonl", "exit.json", "resolved.json", "model", "checkpoint-7", "a", ".a"]
+PIECES = [
+    *HOSTILE,
+    "out",
+    "attempts",
+    "0001",
+    "rows.jsonl",
+    "exit.json",
+    "resolved.json",
+    "model",
+    "checkpoint-7",
+    "a",
+    ".a",
+]
 attempts = st.builds(
     lambda number, name: f"attempts/{number:04d}/{name}",
     st.integers(0, 9999),
@@ -48,7 +60,10 @@ folders = st.one_of(
     st.sampled_from(["model", "adapter"]), st.integers(0, 999_999_999).map(lambda step: f"checkpoint-{step}")
 )
 weights = st.builds(lambda folder, name: f"{folder}/{name}", folders, safe_names)
-legal_names = st.one_of(attempts, weights, st.just("resolved.json"))
+outs = st.lists(st.sampled_from(["a", "ä b", "-", "..a", "x" * 255, "log.jsonl"]), min_size=1, max_size=4).map(
+    lambda parts: "/".join(["out", *parts])
+)
+legal_names = st.one_of(attempts, weights, outs, st.just("resolved.json"))
 SEAL: dict[str, Any] = {
     "attempt": 1, "code": 0, "signal": None, "reason": "done", "kind": "", "message": "", "hint": "",
     "restarting": False, "files": {"rows.jsonl": {"bytes": 0, "sha256": "0" * 64}}, "ended_at": "2026-01-01",
@@ -59,8 +74,9 @@ SEAL: dict[str, Any] = {
 @example("attempts/0001/rows.jsonl")
 @example("checkpoint-500/model-00001-of-00002.safetensors")
 @example("model/" + "x" * 128)
+@example("out/a file of the user's, with $(any) name")
 def test_what_a_run_is_made_of_may_come_home(name: str) -> None:
-    """Growing and whole files of attempts, resolved.json, and files in folders of weights are accepted."""
+    """Growing and whole files of attempts, resolved.json, files in folders of weights, and outs are accepted."""
     assert rundir.may_come_home(name)
 
 
@@ -77,7 +93,9 @@ def test_what_a_run_is_made_of_may_come_home(name: str) -> None:
         "model", "model/", "model/.", "model/..", "model/-rf", "model/a/b", "model/a\\b", "model/a b", "model/a\x00",
         "model/a\n", "model/\n", "model/ä", "model/․․", "model∕a", "models/a", "Model/a", "model/" + "x" * 129,
         "checkpoint-/a", "checkpoint-1000000000/a", "checkpoint--1/a", "checkpoint-1x/a", "checkpoint-٣/a",
-        "../model/a", "model/../../a", "a/" * 2000 + "a",
+        "../model/a", "model/../../a", "a/" * 2000 + "a", "out", "out/", "/out/a", "out//a", "out/..", "out/a/../b",
+        "out/./a", "out/a\n", "out/a\x00", "out/a\x1b[0m", "out/\udcff", "out/a\u202e", "out/" + "x" * 256,
+        "out/" + "x/" * 2050 + "x", "Out/a", "out\\a", "x/out/a",
     ],
     ids=lambda name: repr(name[:40]),
 )  # fmt: skip
@@ -111,6 +129,9 @@ def is_legal(name: str) -> bool:
     first, *rest = name.split("/")
     if not rest:
         return name == "resolved.json"
+    if first == "out":
+        fits = all(part not in ("", ".", "..") and len(part.encode("utf-8", "replace")) <= 255 for part in rest)
+        return fits and len(name.encode("utf-8", "replace")) <= 4096 and name.isprintable()
     if first == "attempts":
         return (
             len(rest) == 2
@@ -127,6 +148,19 @@ def is_legal(name: str) -> bool:
 
 def is_safe(part: str) -> bool:
     return 1 <= len(part) <= 128 and set(part) <= set(SAFE) and part[0] != "-" and part not in (".", "..")
+
+
+@pytest.mark.parametrize(
+    ("name", "grows"),
+    [
+        ("attempts/0001/rows.jsonl", True), ("attempts/0001/log.txt", True), ("attempts/0001/exit.json", False),
+        ("resolved.json", False), ("model/rows.jsonl", False), ("out/x/rows.jsonl", True), ("out/log.txt", False),
+        ("out/a.jsonl/b", False), ("out/.jsonl", True), ("output/a.jsonl", False),
+    ],
+)  # fmt: skip
+def test_what_grows_is_known_by_its_name(name: str, grows: bool) -> None:
+    """Rows and logs of attempts grow, and so do outs that end in .jsonl; all else comes whole."""
+    assert rundir.grows(name) is grows
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_a_stop_between_two_attempts_is_heard(counting_run: Make, on_machine: Fo
     """A stop that comes when the supervisor has not yet counted its attempt ends that attempt, not only the last."""
     gate = tmp_path / "gate"
     gate.touch()
-    sweeps = "        processes.kill(processes.marked(self.run.folder.name))\n"
+    sweeps = "        processes.kill(processes.marked(str(self.run.folder)))\n"
     waits = f"        while not os.path.exists({str(gate)!r}):\n            time.sleep(0.02)\n"
     run = counting_run(count=2000, pace_s=0.03)
     run.save(agent=code_with("worker/supervisor.py", sweeps, sweeps + waits))
@@ -271,10 +271,10 @@ def test_a_stop_ends_what_a_dead_supervisor_left(
     there = on_machine(run)
     set_off(run, there)
     kill(there, "supervisor")
-    until(lambda: len(processes.marked(run.run_id)) == 1)
+    until(lambda: len(processes.marked(str(on_machine(run).folder))) == 1)
     assert locks.is_held(there.run_lock)
     assert agent.stop(there, 0.1)["state"] == "died"
-    assert processes.marked(run.run_id) == []
+    assert processes.marked(str(on_machine(run).folder)) == []
 
 
 @pytest.mark.parametrize("grace", ["nan", "-1", "inf"])

@@ -114,14 +114,20 @@ def test_a_file_that_changes_while_it_is_sent_is_never_mixed(side: Side) -> None
     side.make("model.bin", LARGE[::-1])
     side.carry()
     assert side.view() == {"model.bin": LARGE[::-1]}
+    side.make("model.bin", LARGE)
+    side.carry(lambda frames: cut_after_piece(frames, 3))
+    side.make("model.bin", b"small")
+    side.carry()
+    assert side.view() == {"model.bin": b"small"}
+    assert found(side.home.machine("first").folder / ".parts") == {}, "nothing is kept of what nobody waits for"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"sha256": "0" * 64}, {"bytes": 5}, {"offset": 0}, {"offset": 999}, {"offset": None}, {"digest": "x"},
-        {"digest": None}, {"total": "9"}, {"total": 1000}, {"piece": "out/../x"}, {"piece": "attempts/0001/rows.jsonl"},
-        {"piece": 7}, {"piece": "out/log.jsonl"},
+        {"digest": None}, {"digest": "0" * 64}, {"total": "9"}, {"total": 1000}, {"piece": "out/../x"},
+        {"piece": "attempts/0001/rows.jsonl"}, {"piece": 7}, {"piece": "out/log.jsonl"},
     ],
     ids=str,
 )  # fmt: skip

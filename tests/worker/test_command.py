@@ -14,7 +14,8 @@ import pytest
 
 import worker
 from jobs import durable, locks, rundir
-from orchestrator import advance, machines
+from orchestrator import advance, follow, machines
+from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from tests.waiting import until
 from tests.worker import machine
@@ -150,7 +151,7 @@ def test_a_command_dies_with_its_supervisor(command: Make) -> None:
     pids = until(lambda: durable.load_json(machine.there(run).attempt(1).pids))
     os.kill(pids["supervisor"]["pid"], signal.SIGKILL)
     until(lambda: machine.ask(run, "state")["state"] == "died")
-    assert processes.marked(run.run_id) == []
+    assert processes.marked(str(machine.there(run).folder)) == []
 
 
 def test_a_command_gets_the_environment_that_was_ordered(command: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +181,24 @@ def test_a_command_is_found_on_the_path_it_is_given(command: Make, tmp_path: Pat
     machine.start(run, path_first=str(tool.parent))
     assert machine.ended(run).reason == "done"
     assert machine.log(run) == "the first one\n"
+
+
+def test_what_a_command_makes_is_in_the_seal_and_comes_home(command: Make) -> None:
+    """The seal names the files that match, and a pull brings all of them: what the command printed last, too."""
+    makes = "mkdir x; echo '{}' > x/log.jsonl; printf 123 > x/a.bin; printf 1 > x/other; echo done"
+    run = command("sh", "-c", makes, out=("**/*.jsonl", "x/*.bin"))
+    machine.start(run)
+    assert machine.ended(run).outs == {}, "which is left out where a seal is only spoken of"
+    seal = rundir.Seal.load(machine.there(run).attempt(1).exit)
+    assert seal is not None
+    assert {name: facts["bytes"] for name, facts in seal.outs.items()} == {"out/x/a.bin": 3, "out/x/log.jsonl": 3}
+    arrivals = Arrivals.open(run.home, "local")
+    assert arrivals is not None
+    with arrivals:
+        end = follow.pull(run, machines.this_computer(), arrivals, follow.NOW, lambda *_: None)
+        assert arrivals.is_complete(rundir.Seal.of(end["seal"]))
+    found = {path.relative_to(run.home.out).as_posix(): path.read_bytes() for path in run.home.out.rglob("*.*")}
+    assert found == {"x/a.bin": b"123", "x/log.jsonl": b"{}\n"}
 
 
 @linux_only

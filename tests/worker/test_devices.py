@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -298,12 +299,33 @@ def test_a_busy_machine_refuses_at_once(driver: Driver, command: Make) -> None:
     assert machine.ended(refused).reason == "done"
 
 
+@linux_only
+def test_what_outlives_its_supervisor_keeps_the_gpus(driver: Driver, command: Make) -> None:
+    """A child of the command that lives on after its supervisor was killed holds the GPUs for as long."""
+    driver.says(1, [100])
+    holder, other = command("sh", "-c", "sleep 1000 & exec sleep 1000"), command("true")
+    machine.start(holder)
+    pids = until(lambda: durable.load_json(machine.there(holder).attempt(1).pids))
+    until(lambda: len(processes.marked(str(machine.there(holder).folder))) == 2)
+    os.kill(pids["supervisor"]["pid"], signal.SIGKILL)
+    until(lambda: len(processes.marked(str(machine.there(holder).folder))) == 1)
+    machine.start(other)
+    assert machine.ended(other).kind == "busy"
+    for pid in processes.marked(str(machine.there(holder).folder)):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not processes.marked(str(machine.there(holder).folder)))
+    machine.start(other, expect_attempt=1)
+    assert until(lambda: (found := machine.ask(other, "state"))["attempt"] == 2 and found["seal"])["reason"] == "done"
+
+
 def test_a_queued_run_starts_when_its_turn_comes(driver: Driver, command: Make) -> None:
     """A start returns while its run is queued, status.json says for whom it waits, and it has those GPUs afterwards."""
     driver.says(2, [100, 100])
     holder, queued = command("sleep", "1000"), command("sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     machine.start(holder)
+    began = time.monotonic()
     answer = machine.start(queued, queue=True)
+    assert time.monotonic() - began < 10, "half of what a start waits for a worker"
     assert (answer["started"], answer["state"], answer["attempt"]) == (True, "running", 1)
     status = until(lambda: durable.load_json(machine.there(queued).attempt(1).status))
     assert (status["state"], status["phase"], status["waits_for"]) == ("queued", "queued", [holder.run_id])

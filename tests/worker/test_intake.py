@@ -67,7 +67,8 @@ def test_a_running_run_takes_nothing(run: rundir.Run, monkeypatch: pytest.Monkey
     before = files(run)
     with locks.held(run.run_lock, 0):
         assert take(run, frame("home.jsonl", b"2\n"), frame("out/a", b"a")) == {"put": []}
-        monkeypatch.setattr(Intake, "_is_running", lambda _: False)
+        answers = iter([False, True])
+        monkeypatch.setattr(Intake, "_is_running", lambda _: next(answers))
         assert take(run, frame("home.jsonl", b"2\n"), frame("out/a", b"a")) == {"put": []}
     assert files(run) == before
 

@@ -191,6 +191,29 @@ def test_a_checkpoint_removed_while_it_is_sent_harms_nothing(side: Side, monkeyp
         assert names(pull(Puller(side.run, {}, io.BytesIO())))[0] == "checkpoint-1/inner", "what is no file is said"
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_large_file_that_changes_under_a_pull_is_sent_anew(
+    side: Side, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """No piece is sent of a file that has changed since it was hashed; the newer version comes whole."""
+    steps: list[None] = []
+    real = Pieces.step
+
+    def changing(queue: Pieces) -> Any:
+        steps.append(None)
+        if len(steps) == step:
+            side.make("large", LARGE[::-1])
+        return real(queue)
+
+    monkeypatch.setattr(Pieces, "step", changing)
+    with carrying.small(monkeypatch):
+        side.make("large", LARGE)
+        frames = pull(Puller(side.run, {}, io.BytesIO()))
+    sent = b"".join(data for frame, data in frames if "piece" in frame)
+    before = max(step - 2, 0) * 1000  # the first step hashes
+    assert sent == LARGE[:before] + LARGE[::-1]
+
+
 def test_a_large_file_is_hashed_once(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of a large file is kept for later pulls, until the file changes in whatever way."""
     hashed: list[str] = []

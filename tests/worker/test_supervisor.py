@@ -181,10 +181,10 @@ def test_a_stop_leaves_nothing_alive(counting_run: Callable[..., Run], on_machin
     begin(run)
     attempt = on_machine(run).attempt(1)
     until(lambda: rows.index(attempt.rows).good >= 3)
-    assert len(processes.marked(run.run_id)) >= 2, "the worker and its runaway child"
+    assert len(processes.marked(str(on_machine(run).folder))) >= 2, "the worker and its runaway child"
     answer = ask(run, "stop", "1")
     assert answer["seal"]["reason"] == "stopped"
-    assert processes.marked(run.run_id) == []
+    assert processes.marked(str(on_machine(run).folder)) == []
     assert not locks.is_held(on_machine(run).run_lock)
     assert ask(run, "stop", "1") == answer, "stopping twice is stopping once"
 
@@ -202,7 +202,7 @@ def test_a_killed_supervisor_takes_its_worker_along(counting_run: Callable[..., 
     until(lambda: ask(run, "state")["state"] == "died")
     assert ask(run, "start", data=order(run, expect_attempt=1))["started"] is True
     assert ended(run).attempt == 2
-    assert processes.marked(run.run_id) == [], "the escaped child of the first attempt was swept up"
+    assert processes.marked(str(on_machine(run).folder)) == [], "the escaped child of the first attempt was swept up"
     assert sum(rows.index(attempt.rows).good for attempt in on_machine(run).attempts()) == 40
 
 
@@ -245,7 +245,7 @@ def test_secrets_stay_in_memory(counting_run: Callable[..., Run], on_machine: Fo
     until(lambda: rows.index(on_machine(run).attempt(1).rows).good >= 1)
     files = [path for path in config.state_folder().rglob("*") if path.is_file()] + list(run.home.folder.rglob("*"))
     assert not [path for path in files if path.is_file() and b"s3cr3t-canary" in path.read_bytes()]
-    words = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes.marked(run.run_id)]
+    words = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes.marked(str(on_machine(run).folder))]
     assert words
     assert not [line for line in words if b"s3cr3t-canary" in line]
 
