@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from orchestrator import errors, inventory, machines
-from orchestrator.cli import output
+from orchestrator.cli import completion, output
 from orchestrator.plain import plain
 
 
@@ -41,7 +41,7 @@ def add(name: str, address: str, as_json: bool, **how: Any) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=completion.machine)
 def forget(name: str) -> None:
     """Forget a machine: its key there and its folder here; runs at home are kept.
 
@@ -65,7 +65,7 @@ def forget(name: str) -> None:
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.machine)
 @click.option("--refresh", is_flag=True, help="Ask the machines; else what is known is shown.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def status(name: str | None, refresh: bool, as_json: bool) -> None:
@@ -90,7 +90,7 @@ def status(name: str | None, refresh: bool, as_json: bool) -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.machine)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def ssh(name: str | None, words: tuple[str, ...]) -> None:
     """A shell on a machine, with its own keys and settings; words after it go to ssh.

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from orchestrator import cargo, errors, machines, plain, syncing
-from orchestrator.cli import output
+from orchestrator.cli import completion, output
 from orchestrator.cli.run import AFTER, Command, size_guard
 
 _SHOWN = 40
 
 
 @click.command(name="sync")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.machine)
 @click.option("--plan", is_flag=True, help="Show what would travel, what not, and why; send nothing.")
 @click.option("--need", "needs", metavar="PATH", multiple=True, help="A file or folder that travels in any case.")
 @click.option("-y", "--yes", is_flag=True, help="Send more than 2 GB without asking.")
@@ -65,7 +65,7 @@ def _some(lines: list[list[str]]) -> list[list[str]]:
 
 
 @click.command(name="exec", cls=Command)
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=completion.machine)
 @click.option("--env", "env_names", metavar="NAME", multiple=True, help="A variable of yours that the command gets.")
 @click.pass_context
 def exec_(ctx: click.Context, name: str | None, env_names: tuple[str, ...]) -> None:

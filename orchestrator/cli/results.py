@@ -8,7 +8,7 @@ import click
 
 from jobs import durable
 from orchestrator import rescoring, runs, summary
-from orchestrator.cli import output
+from orchestrator.cli import completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 
@@ -21,7 +21,7 @@ _DOUBTFUL = (
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
 @click.option("--open", "in_browser", is_flag=True, help="Open the page in a browser.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document: summary.json.")
 def report(name: str | None, in_browser: bool, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import click
 
 from jobs import spec
 from orchestrator import advance, errors, journey, machines, planning, runs, sync, view
-from orchestrator.cli import output, results
+from orchestrator.cli import completion, output, results
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -45,8 +45,8 @@ class Command(click.Command):
 
 
 @click.command(cls=Command)
-@click.argument("name", metavar="[JOB | -- COMMAND…]", required=False)
-@click.option("--on", "machine", help="The machine; `local` is this computer.")
+@click.argument("name", metavar="[JOB | -- COMMAND…]", required=False, shell_complete=completion.job)
+@click.option("--on", "machine", shell_complete=completion.machine, help="The machine; `local` is this computer.")
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_pairs, help=_SETTING)
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first N examples only.")
 @click.option("--need", "needs", metavar="PATH", multiple=True, help="A file or folder that travels in any case.")
@@ -96,8 +96,10 @@ def size_guard(yes: bool) -> Callable[[int], None]:
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False)
-@click.option("--on", "machine", help="Go on on this machine; `local` is this computer.")
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
+@click.option(
+    "--on", "machine", shell_complete=completion.machine, help="Go on on this machine; `local` is this computer."
+)
 @click.option("--take-over", is_flag=True, help="Also when the old machine does not answer, or still works on it.")
 @click.option("--queue/--no-queue", default=None, help="Wait while others have the GPUs.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")

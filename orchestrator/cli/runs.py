@@ -10,7 +10,7 @@ import click
 from orchestrator import advance, errors, journey, machines
 from orchestrator import logs as logs_at_home
 from orchestrator import runs as records
-from orchestrator.cli import output
+from orchestrator.cli import completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 
@@ -64,7 +64,7 @@ def _line(entry: dict[str, Any]) -> list[str]:
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
 @click.option("-f", "--follow", is_flag=True, help="Go on as it grows, until the run has ended.")
 @click.option("-n", "lines", type=click.IntRange(min=0), default=30, show_default=True, help="Lines to begin with.")
 def logs(name: str | None, follow: bool, lines: int) -> None:
@@ -85,7 +85,7 @@ def logs(name: str | None, follow: bool, lines: int) -> None:
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def pull(name: str | None, as_json: bool) -> None:
     """Bring home what a run has made so far.
@@ -103,7 +103,7 @@ def pull(name: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False)
+@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
 @click.option("--all", "everything", is_flag=True, help="Every run that is running.")
 @click.option(
     "--grace", "grace_s", callback=_seconds, default=10.0, show_default=True, help="Seconds to sync its rows."
