@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from worker.puller import Frame, Puller, state_frame
 
 _START_WAIT_S = 20.0
 _POLL_S = 0.2
+_STUCK_S = 900.0
+"""A pull that goes on for this much longer than was asked sends to nobody, and is ended by its own alarm."""
 _STOP_MARGIN_S = 10.0
 _SEALING_IS_NEWS_S = 30.0
 """A supervisor that said so recently that it seals the run is not killed for taking long: large files are hashed."""
@@ -113,8 +116,12 @@ def main(verb: str, words: list[str]) -> int:
     run = rundir.Run(Path(words[0]))
     source, out = sys.stdin.buffer, sys.stdout.buffer
     if verb == "pull":
+        request = json.loads(source.readline())
+        signal.alarm(
+            int(float(request.get("wait_s", 0)) + _STUCK_S)
+        )  # a dead network may leave a write waiting for hours
         with contextlib.suppress(BrokenPipeError):
-            Puller(run, json.loads(source.readline()), out).pull()
+            Puller(run, request, out).pull()
         return 0
     try:
         answer = _answer(verb, run, words[1:], source)
