@@ -130,7 +130,7 @@ class Seal:
             not isinstance(seal.attempt, int)
             or not all(isinstance(text, str) for text in words)
             or facts is False
-            or not all(isinstance(each, dict) and {"bytes", "sha256"} <= each.keys() for each in facts)
+            or not all(_are_facts(each) for each in facts)
             or not _are_outs(seal.outs)
             or not isinstance(seal.outs_sha256, str)
         ):
@@ -138,15 +138,15 @@ class Seal:
         return seal
 
 
+def _are_facts(facts: object) -> bool:
+    """Whether it says the size and the digest of a file."""
+    return isinstance(facts, dict) and type(facts.get("bytes")) is int and trees.is_sha256(facts.get("sha256"))
+
+
 def _are_outs(outs: object) -> bool:
     """Whether it is a list of outs: names that may come home, each with a size and a digest."""
     return isinstance(outs, dict) and all(
-        isinstance(name, str)
-        and name.startswith(f"{OUT}/")
-        and may_come_home(name)
-        and isinstance(facts, dict)
-        and type(facts.get("bytes")) is int
-        and trees.is_sha256(facts.get("sha256"))
+        isinstance(name, str) and name.startswith(f"{OUT}/") and may_come_home(name) and _are_facts(facts)
         for name, facts in outs.items()
     )
 

@@ -41,8 +41,11 @@ def push(run: Run, machine: Machine, news: News) -> None:
     """Have on the machine what the run needs there: the worker's code, an environment, and the files it takes along."""
     machine.push_agent(config.state_folder() / "agents", run.record.agent)
     place = delivery.deliver(run, machine, lambda words: news({"say": words}, b""))
-    attempt = _state(run, machine)["attempt"] if run.record.former else run.record.attempt
-    run.save(state="pushed", attempt=attempt, place=asdict(place))
+    attempt, former = run.record.attempt, run.record.former
+    if former:  # it may have been here before: this machine's own word counts from now on
+        attempt = _state(run, machine)["attempt"]
+        former = [entry for entry in former if entry["machine"] != machine.name]
+    run.save(state="pushed", attempt=attempt, former=former, place=asdict(place))
 
 
 def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
@@ -54,16 +57,15 @@ def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
     answer = transport.ask(machine, words, spec.canonical(request))
     if answer.get("error") == "conflict":
         raise ConfigError(f"{machine.name} holds another run under the id {run.run_id}.", "Start it anew: gpu run …")
-    if not {"started", "state", "attempt"} <= answer.keys():
-        raise BadAnswer(f"{machine.name} answered the start of {run.run_id} with {str(answer)[:200]}.")
+    _check_standing(machine, answer)
     if answer["attempt"] < run.record.attempt:  # that machine lost the run's folder: it begins again from what is home
         arrivals.machine_lost_its_folder()
         run.save(attempt=answer["attempt"], state="planned")
         return
-    if answer["started"] and answer["state"] != "running" and answer["attempt"] == run.record.attempt:
+    if answer.get("started") and answer["state"] != "running" and answer["attempt"] == run.record.attempt:
         raise JobFailed(
             f"The supervisor of {run.run_id} ended on {machine.name} before it began an attempt. "
-            f"Its last words: {answer['said']}",
+            f"Its last words: {answer.get('said')}",
             f"Mend that, then: gpu resume {run.run_id}",
         )
     run.save(state="running", started_at=run.record.started_at or clock.now(), finished_at=None, failure={})
@@ -89,7 +91,15 @@ def _order(run: Run, machine: Machine) -> dict[str, Any]:
 
 def _state(run: Run, machine: Machine) -> dict[str, Any]:
     """Where the run stands on a machine."""
-    return transport.ask(machine, transport.agent_words(machine, run.record.agent, "state", run.run_id))
+    answer = transport.ask(machine, transport.agent_words(machine, run.record.agent, "state", run.run_id))
+    _check_standing(machine, answer)
+    return answer
+
+
+def _check_standing(machine: Machine, answer: dict[str, Any]) -> None:
+    """Raise BadAnswer unless an answer says where a run stands."""
+    if not isinstance(answer.get("state"), str) or type(answer.get("attempt")) is not int:
+        raise BadAnswer(f"{machine.name} did not say where the run stands: {str(answer)[:200]}")
 
 
 def _put(run: Run, machine: Machine) -> None:
@@ -143,10 +153,18 @@ def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_
         settle(run, arrivals, end)
         if run.record.state != "running":
             return
-    raise NotReachable(
-        f"What {machine.name} sent of {run.run_id} is not what its seal says; nothing at home was overwritten.",
-        f"Try again: gpu resume {run.run_id}",
+    raise mismatch(run)
+
+
+def mismatch(run: Run) -> JobFailed:
+    """End a run here whose machine sends something else than its seal says, again and again; returns the error."""
+    message = (
+        f"What {run.record.machine} sent of {run.run_id} is not what its seal says; nothing at home was overwritten, "
+        "and what came is kept."
     )
+    hint = f"Look at it, or go on with what is missing: gpu resume {run.run_id}"
+    run.save(state="failed", finished_at=clock.now(), failure={"kind": "mismatch", "message": message, "hint": hint})
+    return JobFailed(message, hint)
 
 
 def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
@@ -214,22 +232,30 @@ def raise_if_not_done(run: Run) -> None:
     raise kinds.get(failure["kind"], JobFailed)(failure["message"], hint)
 
 
-def move(run: Run, target: str, *, settled: bool) -> None:
+def move(run: Run, target: str, *, settled: bool, queue: bool) -> None:
     """Have the next attempt on another machine; what the old one may still make is remembered until it is home."""
     record = run.record
-    former = [entry for entry in record.former if entry["machine"] not in (target, record.machine)]
+    former = [entry for entry in record.former if entry["machine"] != record.machine]
     former.append({"machine": record.machine, "settled": settled})
-    run.save(machine=target, former=former, state="planned", attempt=0, failure={}, finished_at=None)
+    former = [entry for entry in former if entry["machine"] != target or not entry["settled"]]
+    run.save(machine=target, former=former, state="planned", attempt=0, failure={}, finished_at=None, queue=queue)
 
 
-def gather(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
+def is_unsettled(run: Run, name: str) -> bool:
+    """Whether the run left that machine behind without its word that it had ended there, and has not heard since."""
+    return any(entry["machine"] == name and not entry["settled"] for entry in run.record.former)
+
+
+def gather(run: Run, machine: Machine, arrivals: Arrivals, news: News, *, may_stop: bool = True) -> None:
     """Merge what a machine that the run has left made late, and stop it there if it still runs."""
-    if _state(run, machine)["state"] == "running":
+    if may_stop and _state(run, machine)["state"] == "running":
         stop(run, machine, GRACE_S)
     end = follow.pull(run, machine, arrivals, follow.NOW, news)
-    seal = _seal(end)
-    if "cut" in end or end["state"] == "running" or (seal and not arrivals.is_complete(seal)):
+    if "cut" in end or end["state"] == "running":
         return  # asked again the next time
+    seal = _seal(end)
+    if seal and not arrivals.is_complete(seal):
+        return
     former = [{**entry, "settled": True} if entry["machine"] == machine.name else entry for entry in run.record.former]
     run.save(former=former)
     if run.record.state in ENDED:

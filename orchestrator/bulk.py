@@ -11,6 +11,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import clock
@@ -36,8 +37,18 @@ def can_rsync(target: Path) -> bool:
     return shutil.which("rsync") is not None and _PLAIN_PATH.fullmatch(str(target)) is not None
 
 
-def push(config: Path, host: str, target: Path, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
-    """Put each file at `target/<name>` on the host of an ssh_config; a part left by an earlier try is carried on with.
+@dataclass(frozen=True)
+class Target:
+    """Where files go: a folder on the host of an ssh_config; `given_up` says when nobody waits any more."""
+
+    config: Path
+    host: str
+    folder: Path
+    given_up: Callable[[], bool]
+
+
+def push(target: Target, files: list[tuple[Path, str]], progress: Callable[[int], None]) -> None:
+    """Put each file at `<folder>/<name>`; a part left by an earlier try is carried on with.
 
     `progress` is told the bytes sent so far. Raises NotReachable when it breaks off or stalls; repeat it then.
     """
@@ -46,12 +57,13 @@ def push(config: Path, host: str, target: Path, files: list[tuple[Path, str]], p
         for source, name in files:
             (Path(links) / name).symlink_to(source.absolute())
         words = ["rsync", "-rL", "--inplace", "--partial", "--no-perms", "--chmod=F600", "--progress"]
-        words += ["-e", f'ssh -F "{config}"', "--", f"{links}/", f"{host}:{target}/"]
-        _watched(words, host, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, progress)
+        words += ["-e", f'ssh -F "{target.config}"', "--", f"{links}/", f"{target.host}:{target.folder}/"]
+        _watched(words, target, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, progress)
 
 
-def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[[int], None]) -> None:
+def _watched(words: list[str], target: Target, deadline_s: float, progress: Callable[[int], None]) -> None:
     """Run rsync; whatever happens, nothing of its process group is left when this returns."""
+    host = target.host
     deadline = clock.monotonic() + deadline_s
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
@@ -59,7 +71,7 @@ def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[
         )
         assert child.stdout is not None
         try:
-            _read_progress(child.stdout.fileno(), deadline, progress)
+            _read_progress(child.stdout.fileno(), deadline, target.given_up, progress)
             code = child.wait(timeout=_TOOL_DEADLINE_S)
         except subprocess.TimeoutExpired:
             raise NotReachable(f"The copy to {host} did not end.") from None
@@ -78,11 +90,15 @@ def _watched(words: list[str], host: str, deadline_s: float, progress: Callable[
         raise kind(f"The copy to {host} broke off (rsync exit code {code}): {said[0]}", "Repeat it: it goes on there.")
 
 
-def _read_progress(descriptor: int, deadline: float, progress: Callable[[int], None]) -> None:
+def _read_progress(
+    descriptor: int, deadline: float, given_up: Callable[[], bool], progress: Callable[[int], None]
+) -> None:
     """Pass on the bytes that rsync says it sent, until its output ends; NotReachable when nothing moves."""
     moved_at, before, last, rest = clock.monotonic(), 0, 0, b""
     while True:
         now = clock.monotonic()
+        if given_up():
+            raise NotReachable("The copy was given up.")
         if now > min(deadline, moved_at + _STALLED_S):
             raise NotReachable("The copy stands still: nothing was taken for a minute.", "Repeat it: it goes on there.")
         if not select.select([descriptor], [], [], 1.0)[0]:

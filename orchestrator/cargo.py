@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ class Cargo:
 
     work: Content | None = None
     params: dict[str, tuple[Content, str]] = field(default_factory=dict)
+    root: str = ""
+    """The project here."""
+    at_home: bool = False
+    """Packed for this computer, where parameters that are paths are used where they are."""
 
     def contents(self) -> list[Content]:
         """Everything that travels."""
@@ -35,7 +39,8 @@ class Cargo:
     def save(self, path: Path) -> None:
         """Write it down beside the run: a resume elsewhere sends the same content, or says what has changed."""
         params = {key: [_document(content), name] for key, (content, name) in self.params.items()}
-        durable.save_json(path, {"work": _document(self.work) if self.work else None, "params": params})
+        work = _document(self.work) if self.work else None
+        durable.save_json(path, {"work": work, "params": params, "root": self.root, "at_home": self.at_home})
 
     @classmethod
     def load(cls, path: Path) -> Cargo | None:
@@ -45,7 +50,8 @@ class Cargo:
             return None
         try:
             work = _content(document["work"]) if document["work"] else None
-            return cls(work, {key: (_content(given), name) for key, (given, name) in document["params"].items()})
+            params = {key: (_content(given), name) for key, (given, name) in document["params"].items()}
+            return cls(work, params, str(document["root"]), bool(document["at_home"]))
         except (BadTree, KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{path} is damaged.", "Start the run anew.") from None
 
@@ -73,7 +79,8 @@ def pack(job: dict[str, Any], needs: tuple[str, ...], folder: Path, *, at_home: 
         paths["reranker"] = reranker
     code = job["story"] == "command" or (inside and not at_home)
     work = _work(root, folder, needs, hashes, code=code) if code or needs else None
-    return Cargo(work, {key: _of_path(Path(path), hashes) for key, path in paths.items()})
+    params = {key: _of_path(Path(path), hashes) for key, path in paths.items()}
+    return Cargo(work, params, str(root), at_home)
 
 
 def _paths(params: dict[str, Any]) -> dict[str, str]:
@@ -118,7 +125,15 @@ def kept_here(cargo: Cargo, agent: str) -> Cargo:
     sync.push(here, agent, [Content(small, cargo.work.files)], lambda _done, _total: None)
     blobs = here.root / "store" / "blobs"
     copies = {entry.sha256: blobs / entry.sha256[:2] / entry.sha256 for entry in small.entries if not entry.link}
-    return Cargo(Content(cargo.work.tree, {**cargo.work.files, **copies}), cargo.params)
+    return replace(cargo, work=Content(cargo.work.tree, {**cargo.work.files, **copies}))
+
+
+def for_elsewhere(cargo: Cargo | None, job: dict[str, Any], folder: Path) -> Cargo:
+    """What a run that began on this computer takes along: its parameters as they are now; what it had stays as it is."""
+    packed = pack(job, (), folder, at_home=False)
+    if cargo is None or cargo.work is None:
+        return packed
+    return replace(packed, work=merged(packed.work, cargo.work) if packed.work else cargo.work)
 
 
 def send(cargo: Cargo, machine: Machine, agent: str, say: Say) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, spec
-from orchestrator import agents, cargo, clock, config, environments, machines, project, transport
+from orchestrator import agents, cargo, clock, config, environments, machines, transport
 from orchestrator.cargo import Cargo, Say
 from orchestrator.errors import BadAnswer, GpuError
 from orchestrator.runs import Run
@@ -41,9 +41,10 @@ def deliver(run: Run, machine: Machine, say: Say) -> Place:
     packed = Cargo.load(run.home.cargo)
     if machine.name == machines.LOCAL and (packed is None or packed.work is None):
         return Place(run.record.python, run.record.cwd)
-    if packed is None:
-        packed = cargo.pack(run.job(), (), Path(run.record.cwd), at_home=False)
+    if machine.name != machines.LOCAL and (packed is None or packed.at_home):
+        packed = cargo.for_elsewhere(packed, run.job(), Path(run.record.cwd))
         packed.save(run.home.cargo)
+    assert packed is not None
     agent = run.record.agent
     with ThreadPoolExecutor(3, thread_name_prefix="delivery") as pool:
         sent = pool.submit(cargo.send, packed, machine, agent, say)
@@ -77,7 +78,7 @@ def _both(pair: list[Future[Any]], machine: Machine) -> None:
         for future in done:
             future.result()
     except BaseException:
-        machine.close()
+        machine.cut()
         raise
 
 
@@ -156,7 +157,7 @@ def job_there(run: Run, machine: Machine) -> dict[str, Any]:
         params[key] = f"{view}:{params[key].rpartition(':')[2]}" if key == "reranker" else str(view)
     if packed.work and params.get("reranker") and "reranker" not in packed.params:
         path, _, function = params["reranker"].rpartition(":")
-        inside = Path(path).relative_to(project.root(Path(run.record.cwd)))
+        inside = Path(path).relative_to(packed.root)
         params["reranker"] = f"{machine.root / 'runs' / run.run_id / 'work' / inside}:{function}"
     return {**job, "params": params}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def _add(asked: Asked) -> Record:
         try:
             return _enrol(asked, target)
         except BaseException:
+            _take_back(asked, target)
             shutil.rmtree(target, ignore_errors=True)
             raise
 
@@ -137,6 +139,14 @@ def _enrol(asked: Asked, target: Path) -> Record:
     machines.save(record)
     machines.note(asked.name, True)
     return record
+
+
+def _take_back(asked: Asked, target: Path) -> None:
+    """Take our key off a machine that is not to be added after all, if it was put there."""
+    if asked.key is not None or not (target / "ssh_config").exists():
+        return
+    with contextlib.suppress(GpuError), SshMachine(target, Path("/"), "python3") as machine:
+        machine.call(["sh", "-c", _DISMISS], (target / "key.pub").read_bytes(), HANDSHAKE_S)
 
 
 def make_key(target: Path, name: str) -> None:

@@ -3,7 +3,8 @@
 GpuError
 ├── UsageError          2  what was typed is wrong
 ├── ConfigError         3  what it points to is wrong: a file, a setting, an account
-│   └── HostKeyChanged  3  another host answers at a machine's address; nothing was sent
+│   ├── HostKeyChanged  3  another host answers at a machine's address; nothing was sent
+│   └── LoginRefused    3  a machine does not let us in; nothing was sent
 ├── NotReachable        5  the machine does not answer; nothing is known to be lost
 │   └── BadAnswer       5  it answers, but not as our agent does; asking again at once is no use
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
@@ -52,6 +53,10 @@ class NotReachable(GpuError):
 
 class HostKeyChanged(ConfigError):
     """Another host key than the pinned one: another machine, or someone between. Nothing was sent."""
+
+
+class LoginRefused(ConfigError):
+    """The machine answers, but does not accept the user or the key. Nothing was sent."""
 
 
 class BadAnswer(NotReachable):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs import durable, spec
 from orchestrator import clock, machines, transport
-from orchestrator.errors import BadAnswer, NotReachable
+from orchestrator.errors import BadAnswer, GpuError, LoginRefused, NotReachable
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
@@ -68,7 +68,7 @@ def follow(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_s: f
     while True:
         try:
             end = pull(run, machine, arrivals, Pace(STREAM_S, poll_s), trouble.over)
-        except NotReachable as error:
+        except (NotReachable, LoginRefused) as error:  # a machine that boots may refuse who it let in before
             trouble.take(error)
             continue
         if end.get("state", "running") != "running":
@@ -99,7 +99,7 @@ class _Trouble:
             self.tries = 0
         self.news(frame, data)
 
-    def take(self, error: NotReachable) -> None:
+    def take(self, error: GpuError) -> None:
         """Wait before the next try; raises the error when there is to be none."""
         if not self.tries:
             self.began_at = clock.monotonic()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from jobs import locks
 from orchestrator import machines, runs
 from orchestrator.errors import GpuError
 from orchestrator.machines import Record
+from orchestrator.runs import Run
 
 
 def document(record: Record, on_it: list[str]) -> dict[str, Any]:
@@ -39,10 +41,21 @@ def line(entry: dict[str, Any]) -> list[str]:
     return [*words, " ".join(entry["runs"]) or "-"]
 
 
-def runs_on(name: str, *, active: bool = False) -> list[str]:
-    """The ids of the runs whose record names that machine; only those that may still run there, if asked."""
-    found = [run.record for run in runs.remembered() if run.record.machine == name]
-    return [record.run_id for record in found if not active or record.state in ("pushed", "running")]
+def runs_on(name: str) -> list[str]:
+    """The ids of the runs whose record names that machine."""
+    return [run.run_id for run in runs.remembered() if run.record.machine == name]
+
+
+def not_home(name: str) -> list[str]:
+    """The ids of the runs that may still work on that machine, or have something there that is not home."""
+    return [run.run_id for run in runs.remembered() if _is_not_home(run, name)]
+
+
+def _is_not_home(run: Run, name: str) -> bool:
+    if any(entry["machine"] == name and not entry["settled"] for entry in run.record.former):
+        return True
+    begins = run.record.state == "planned" and locks.is_held(run.home.lock)
+    return run.record.machine == name and (begins or run.record.state in ("pushed", "running"))
 
 
 def ask(record: Record) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator import advance, clock, follow, machines, planning
-from orchestrator.errors import GpuError, NotReachable, UsageError
+from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
 from orchestrator.runs import ENDED, Run
 from orchestrator.transport import Machine
@@ -15,6 +16,7 @@ from orchestrator.transport import Machine
 _POLL_S = 0.5
 _PATIENCE_S = 10.0
 """How long a stop waits for another process of ours to bring home what was stopped."""
+_LOOKS_MAX = 5
 Step = Callable[[Run, Machine, Arrivals, News], None]
 """Something done with a run by the one process that holds its lock."""
 
@@ -69,22 +71,25 @@ def carry_on(run: Run, wish: Wish) -> None:
 
     gather(run)
     if wish.machine is not None and machines.choose(wish.machine) != run.record.machine:
-        move(run, wish.machine, wish.take_over)
+        move(run, wish)
     elif not _taken(run, _unseen, look_and_reopen):
         run.reload()
 
 
-def move(run: Run, target: str, take_over: bool) -> None:
+def move(run: Run, wish: Wish) -> None:
     """Have the run go on, on another machine: what the old one made is home, or it is given up on purpose.
 
     Raises UsageError while it runs there, and NotReachable when that cannot be known: unreachable is not dead.
     """
+    target = machines.choose(wish.machine)
 
     def leave(run: Run, machine: Machine, arrivals: Arrivals, _: News) -> None:
-        surely = _is_over(run, machine, arrivals, take_over)
-        advance.again(run)
-        if run.record.state not in ENDED:  # a sealed run stays where it is
-            advance.move(run, target, settled=surely)
+        surely = _is_over(run, machine, arrivals, wish.take_over)
+        if run.record.state == "sealed":  # it stays where it is
+            return
+        if wish.new_code:
+            planning.take_new_code(run)
+        advance.move(run, target, settled=surely, queue=run.record.queue if wish.queue is None else wish.queue)
 
     if not _taken(run, _unseen, leave):
         raise UsageError(
@@ -94,23 +99,27 @@ def move(run: Run, target: str, take_over: bool) -> None:
 
 
 def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) -> bool:
-    """Whether the run surely does not run on its machine any more; stops it there when it is to be taken over."""
+    """Whether the machine itself says that the run does not run there any more; stops it when it is to be taken over.
+
+    False, which only `take_over` allows, when it does not answer, or does not let us in.
+    """
     try:
+        if advance.is_unsettled(run, machine.name):
+            advance.gather(run, machine, arrivals, _unseen, may_stop=take_over)
         _look(run, machine, arrivals, _unseen)
         if run.record.state == "running" and take_over:
             advance.stop(run, machine, advance.GRACE_S)
             _look(run, machine, arrivals, _unseen)
-    except NotReachable as error:
+    except (NotReachable, HostKeyChanged, LoginRefused) as error:
         if not take_over:
-            raise NotReachable(
+            raise type(error)(
                 f"{error.message} {run.run_id} may still run on {machine.name}: unreachable is not dead. Nothing was "
                 "started.",
                 f"If that machine is surely gone: gpu resume {run.run_id} --on … --take-over. What it still made "
                 "comes home when it answers again.",
             ) from None
-        run.save(state="lost", finished_at=clock.now())
         return False
-    if run.record.state == "running":
+    if run.record.state == "running" or advance.is_unsettled(run, machine.name):
         raise UsageError(
             f"{run.run_id} runs on {machine.name}. Nothing was changed.",
             f"Stop it first (gpu stop {run.run_id}), or have that done: --take-over",
@@ -118,29 +127,35 @@ def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) ->
     return True
 
 
-def refresh(run: Run) -> None:
-    """Bring home what there is now and take over how the run stands, unless another process is doing that."""
-    gather(run)
+def refresh(run: Run, *, everywhere: bool = True) -> None:
+    """Bring home what there is now and take over how the run stands, unless another process is doing that.
+
+    `everywhere`: also what machines that the run has left made late.
+    """
+    if everywhere:
+        gather(run)
     if not _taken(run, _unseen, _look):
         run.reload()
 
 
-def gather(run: Run) -> None:
+def gather(run: Run) -> list[str]:
     """Bring home what machines the run has left behind made late; one that still works on it is stopped.
 
-    A machine that does not answer is asked again the next time: its rows are merged whenever they come.
+    A machine that does not answer is asked again the next time: its rows are merged whenever they come. Returns those
+    that may still work on it, or still have something of it.
     """
     for former in run.record.former:
-        if not former["settled"]:
-            try:
+        current = former["machine"] == run.record.machine and run.record.state in ("pushed", "running")
+        if not former["settled"] and not current:
+            with contextlib.suppress(GpuError):
                 _taken(run, _unseen, advance.gather, former["machine"])
-            except GpuError:
-                continue
+    return [former["machine"] for former in run.record.former if not former["settled"]]
 
 
 def stop(run: Run, grace_s: float) -> None:
     """Stop the run where it runs, bring the last of it home, and record it, together with whoever follows the run."""
     asked_at: float | None = None
+    looks = 0
 
     def end(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
         if run.record.state in ("pushed", "running"):  # asked again under the lock: it may have begun just now
@@ -155,15 +170,26 @@ def stop(run: Run, grace_s: float) -> None:
             with machines.at(run.record.machine) as machine:
                 advance.stop(run, machine, grace_s)
         asked_at = asked_at or clock.monotonic()
-        if not _taken(run, _unseen, end):
+        if _taken(run, _unseen, end):
+            looks += 1
+            if looks >= _LOOKS_MAX and run.record.state not in ENDED:
+                raise advance.mismatch(run)
+        else:
             run.reload()
             if clock.monotonic() > asked_at + _PATIENCE_S:
-                raise NotReachable(
-                    f"{run.run_id} is stopped on {run.record.machine}, but process {follower(run)} holds its folder "
-                    "here and does not go on.",
-                    f"Wake it up or end it (kill {follower(run)}), then: gpu pull {run.run_id}",
-                )
+                raise NotReachable(*_held_up(run))
             time.sleep(_POLL_S)
+
+
+def _held_up(run: Run) -> tuple[str, str]:
+    """What a stop says that cannot be finished because of another process of ours, and what to type."""
+    pid = follower(run)
+    if run.record.state in ("planned", "pushed"):
+        return f"{run.run_id} is not stopped: process {pid} is sending it.", f"End that (kill {pid}), then again."
+    return (
+        f"{run.run_id} is stopped on {run.record.machine}, but process {pid} holds its folder here and does not go on.",
+        f"Wake it up or end it (kill {pid}), then: gpu pull {run.run_id}",
+    )
 
 
 def follower(run: Run) -> str:
@@ -186,7 +212,11 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
             if run.record.machine != before:  # another process moved it just now
                 return False
             with machines.at(name or run.record.machine) as machine:
-                step(run, machine, arrivals, news)
+                try:
+                    step(run, machine, arrivals, news)
+                except NotReachable:
+                    machines.note(machine.name, False)
+                    raise
     return True
 
 

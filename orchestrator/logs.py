@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jobs import rundir
 from orchestrator import advance, follow, journey, view
-from orchestrator.errors import NotReachable
+from orchestrator.errors import GpuError
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
@@ -20,7 +20,7 @@ _DECODER = codecs.getincrementaldecoder("utf-8")  # a character may be cut betwe
 
 def show(run: Run, lines: int, echo: Callable[[str], None]) -> Tail:
     """Print the last lines of the newest attempt's log; returns a tail that goes on from there."""
-    with contextlib.suppress(NotReachable):  # what is home can be shown all the same
+    with contextlib.suppress(GpuError):  # what is home can be shown all the same
         journey.refresh(run)
     tail = Tail(run, echo)
     attempts = tail.attempts()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from jobs import durable, locks, spec
 from orchestrator import clock, config
 from orchestrator.errors import ConfigError, UsageError
-from orchestrator.transport import LocalMachine, Machine
+from orchestrator.transport import ForgottenMachine, LocalMachine, Machine
 
 LOCAL = "local"
 """The name of this computer as a machine."""
@@ -66,7 +67,13 @@ def check_name(name: str) -> None:
 def known() -> list[Record]:
     """Every machine that was added, by name; this computer is not among them."""
     found = sorted((config.state_folder() / "machines").glob("[!.]*/machine.json"))
-    return [_load(path) for path in found]
+    records = []
+    for path in found:
+        try:
+            records.append(_load(path))
+        except ConfigError as error:  # one damaged record must not hide all others
+            print(f"Passed over: {error.message}", file=sys.stderr)  # noqa: T201
+    return records
 
 
 def load(name: str) -> Record:
@@ -117,9 +124,15 @@ def choose_remote(name: str | None) -> Record:
 
 @contextlib.contextmanager
 def at(name: str) -> Iterator[Machine]:
-    """The machine of that name, ready to be spoken to; its connections are closed when the block is left."""
+    """The machine of that name, ready to be spoken to; its connections are closed when the block is left.
+
+    One that was forgotten is reachable by nobody: runs that were on it can still be shown, and moved.
+    """
     if name == LOCAL:
         yield this_computer()
+        return
+    if not (folder(name) / "machine.json").is_file():
+        yield ForgottenMachine(name)
         return
     record = load(name)
     from orchestrator.ssh import SshMachine

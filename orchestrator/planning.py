@@ -59,6 +59,8 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
     _check_paths(params)
     _check_expectation(params)
     _check_outs(job, asked.outs)
+    if job.story == "command" and asked.limit is not None:
+        raise UsageError("--limit is for jobs that have examples; a command has none. Nothing was started.")
     document = {
         "schema": spec.SCHEMA,
         "run_id": runs.new_run_id(job.name, params.get("model")),
@@ -111,6 +113,8 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
 
 def check(document: dict[str, Any]) -> dict[str, Any]:
     """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept."""
+    if document["story"] == "command":
+        raise UsageError("A command has no prompts to check.", "What would travel: gpu sync --plan")
     _check_interpreter("train")
     machine = machines.this_computer()
     name = agents.keep(config.state_folder() / "agents")

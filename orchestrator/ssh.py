@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import agents, bulk, clock, ssh_config
 from orchestrator.channel import HANDSHAKE_S, Channel
-from orchestrator.errors import BadAnswer, ConfigError, HostKeyChanged, NotReachable
+from orchestrator.errors import BadAnswer, ConfigError, HostKeyChanged, LoginRefused, NotReachable
 from orchestrator.transport import CALL_DEADLINE_S, Data
 
 if TYPE_CHECKING:
@@ -63,11 +63,11 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
         raise HostKeyChanged(*_changed(host, error.key.fingerprint, error.expected_key.fingerprint)) from None
     except paramiko.AuthenticationException as error:
         client.close()
-        raise ConfigError(*_refused(settings, error)) from None
+        raise LoginRefused(*_refused(settings, error)) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
         client.close()
         if "No authentication methods" in str(error):
-            raise ConfigError(*_refused(settings, "there is none.")) from None
+            raise LoginRefused(*_refused(settings, "there is none.")) from None
         if "not found in known_hosts" in str(error):
             raise HostKeyChanged(*_changed(host, "a key of another kind", "the one pinned")) from None
         raise NotReachable(f"{host} port {port} does not answer as an SSH server: {error or 'it hung up'}.") from None
@@ -182,6 +182,7 @@ class SshMachine:
         self.python = python
         self._mine = threading.local()
         self._all: list[paramiko.SSHClient] = []
+        self._given_up = threading.Event()
         self._slots = threading.BoundedSemaphore(_CHANNELS_MAX)
 
     def __enter__(self) -> SshMachine:
@@ -196,11 +197,18 @@ class SshMachine:
             self._all.pop().close()
         self._mine = threading.local()
 
+    def cut(self) -> None:
+        """See Machine."""
+        self._given_up.set()
+        self.close()
+
     def settings(self) -> dict[str, Any]:
         """What this machine's own ssh_config says."""
         return dict(ssh_config.settings((self.folder / "ssh_config").read_text(encoding="utf-8")))
 
     def _connected(self) -> paramiko.Transport:
+        if self._given_up.is_set():
+            raise NotReachable(f"What went on with {self.name} was given up.")
         client: paramiko.SSHClient | None = getattr(self._mine, "client", None)
         transport = client.get_transport() if client else None
         if transport is None or not transport.is_active():
@@ -288,7 +296,8 @@ class SshMachine:
         self.call(["sh", "-c", 'umask 077; exec mkdir -p "$1"', "sh", str(incoming)], b"")
         if bulk.can_rsync(incoming) and self._has_rsync():
             with contextlib.suppress(bulk.Unclean):
-                bulk.push(self.folder / "ssh_config", f"gpu-{self.name}", incoming, files, progress)
+                target = bulk.Target(self.folder / "ssh_config", f"gpu-{self.name}", incoming, self._given_up.is_set)
+                bulk.push(target, files, progress)
                 return
         before = 0
         for source, name in files:

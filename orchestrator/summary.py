@@ -29,7 +29,21 @@ def write(run: Run) -> dict[str, Any]:
 
 def finals(run: Run) -> Iterator[rows.Row]:
     """Each key's final row; one that does not say which sample of which example it is counts for nothing."""
-    return (row for row in rows.read([run.home.rows]) if {"example_id", "sample_index"} <= row.keys())
+    return (row for row in rows.read([run.home.rows]) if _counts(row))
+
+
+def _counts(row: rows.Row) -> bool:
+    """Whether a row says whose it is, in types that can be counted: a machine may send anything."""
+    return (
+        isinstance(row.get("example_id"), str | int)
+        and isinstance(row.get("sample_index"), int)
+        and isinstance(row.get("tokens_out"), int | None)
+        and isinstance(row.get("score"), int | float | None)
+        and isinstance(row.get("completion"), str | None)
+        and isinstance(row.get("subject"), str | None)
+        and isinstance(row.get("scores", {}), dict | None)
+        and all(isinstance(score, int | float | None) for score in (row.get("scores") or {}).values())
+    )
 
 
 def choices(run: Run) -> dict[str, rows.Row]:
@@ -81,7 +95,7 @@ def conflicts(run: Run) -> list[str]:
     said: dict[str, int] = {}
     found: list[str] = []
     for row in itertools.chain.from_iterable(map(_made_by, machines)):
-        if row.get("error") is None:
+        if row.get("error") is None and _counts(row):
             answer = hash((row.get("completion"), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
                 found.append(str(row["key"]))

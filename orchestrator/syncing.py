@@ -76,7 +76,8 @@ def push(found: Project, machine: Machine, say: Callable[[str], None]) -> dict[s
     if "path" not in answer:
         raise BadAnswer(f"{machine.name} could not lay out the project: {answer}", "Try again.")
     book = _book(machine.name)
-    durable.save_json(book, {**durable.load_news(book), str(found.root): answer["path"]})
+    with machines.locked():
+        durable.save_json(book, {**durable.load_news(book), str(found.root): answer["path"]})
     return answer
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 from jobs import durable
 from orchestrator import agents, clock
@@ -74,6 +74,10 @@ class Machine(Protocol):
         """Cut every connection, of all threads; the next call opens a new one."""
         ...
 
+    def cut(self) -> None:
+        """Give up all that goes on, in every thread, for good: somebody does not want to wait any more."""
+        ...
+
     def push_agent(self, store: Path, name: str) -> None:
         """Have the code snapshot `name` under `agent/<name>`; nothing is sent twice."""
         ...
@@ -112,7 +116,7 @@ def ask(machine: Machine, words: list[str], data: Data = b"", deadline_s: float 
         raise BadAnswer(f"{machine.name} answered with something else than an answer: {answer[:200]!r}")
     if frame.get("error") == "disk_full":
         raise (HomeDiskFull if machine.name == "local" else JobFailed)(
-            f"No space is left on the disk of {machine.name} that holds {frame['folder']}. Nothing was lost.",
+            f"No space is left on the disk of {machine.name} that holds {frame.get('folder')}. Nothing was lost.",
             "Free some space there, then resume the run.",
         )
     return frame
@@ -211,6 +215,31 @@ class _Pipe:
             raise NotReachable("this computer's agent does not end") from None
 
 
+class ForgottenMachine:
+    """A machine that a run was on and that is not known here any more: it cannot be asked; nothing of it is lost."""
+
+    patience_s = 0.0
+    python = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.root = Path("/")
+
+    def _unknown(self, *_: object, **__: object) -> NoReturn:
+        raise NotReachable(
+            f"{self.name} is not known here any more, so it cannot be asked. What is home is kept.",
+            "Add it again under this name, or go on elsewhere: gpu resume RUN --on NAME --take-over",
+        )
+
+    call = open = push_agent = push_files = _unknown
+
+    def close(self) -> None:
+        """See Machine."""
+
+    def cut(self) -> None:
+        """See Machine."""
+
+
 class LocalMachine:
     """This computer as a machine: the same agent, spoken to through a subprocess; its folder lies in `GPU_HOME`."""
 
@@ -244,6 +273,9 @@ class LocalMachine:
 
     def close(self) -> None:
         """See Machine. There are none."""
+
+    def cut(self) -> None:
+        """See Machine. What goes on here ends with this process."""
 
     def push_agent(self, store: Path, name: str) -> None:
         """See Machine."""

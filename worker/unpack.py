@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -46,7 +47,6 @@ def received(source: BinaryIO) -> dict[str, bytes]:
 def write(files: dict[str, bytes], target: str) -> None:
     """Put the files at `target`, whole or not at all; what was there before is kept beside it."""
     above, name = os.path.split(target)
-    os.makedirs(above, 0o700, exist_ok=True)  # noqa: PTH103
     staging = tempfile.mkdtemp(prefix=".new-", dir=above)
     try:
         for path, data in files.items():
@@ -65,8 +65,13 @@ def write(files: dict[str, bytes], target: str) -> None:
 def main(target: str, name: str) -> None:
     """Say `whole` when the snapshot `name` is in `target`, with what was sent put there first if need be."""
     files = received(sys.stdin.buffer)
-    if digest(files) == name != digest(present(target)):
-        write(files, target)
+    if digest(files) == name:
+        above = os.path.dirname(target)  # noqa: PTH120
+        os.makedirs(above, 0o700, exist_ok=True)  # noqa: PTH103
+        with open(os.path.join(above, ".writing"), "ab") as lock:  # noqa: PTH118, PTH123
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if digest(present(target)) != name:  # nobody else made it meanwhile
+                write(files, target)
     sys.stdout.write("whole\n" if digest(present(target)) == name else "missing\n")
 
 

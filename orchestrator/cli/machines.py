@@ -42,7 +42,8 @@ def add(name: str, address: str, as_json: bool, **how: Any) -> None:
 
 @click.command()
 @click.argument("name", shell_complete=completion.machine)
-def forget(name: str) -> None:
+@click.option("--discard", is_flag=True, help="Also when rows on it are not home, which are given up.")
+def forget(name: str, discard: bool) -> None:
     """Forget a machine: its key there and its folder here; runs at home are kept.
 
     \b
@@ -51,11 +52,11 @@ def forget(name: str) -> None:
     from orchestrator import enrolment, inventory, user_ssh
 
     machines.load(name)
-    busy = inventory.runs_on(name, active=True)
-    if busy:
+    busy = inventory.not_home(name)
+    if busy and not discard:
         raise errors.UsageError(
-            f"{', '.join(busy)} may still run on {name}. Nothing was changed.",
-            f"End them first: gpu stop {busy[0]}. Or go on elsewhere: gpu resume {busy[0]} --on … --take-over",
+            f"{', '.join(busy)} may still run on {name}, or have rows there that are not home. Nothing was changed.",
+            f"End them first: gpu stop {busy[0]}. To give up what is there: gpu forget {name} --discard",
         )
     user_ssh.undo(name, Path.home())
     left = enrolment.forget(name)

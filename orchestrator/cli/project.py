@@ -82,6 +82,8 @@ def exec_(ctx: click.Context, name: str | None, env_names: tuple[str, ...]) -> N
         raise errors.UsageError("Which command? It stands after --.", "For example: gpu exec box -- nvidia-smi")
     chosen = machines.choose(name)
     command = execution.command(chosen, words, env_names)
+    if command.cwd is None:
+        click.echo(f"{chosen} has no copy of this project (gpu sync {chosen}): running in the home folder.", err=True)
     shown = output.raw(sys.stdout, env_names), output.raw(sys.stderr, env_names)
     with machines.at(chosen) as machine, shown[0] as out, shown[1] as err:
         code = execution.run(machine, command, out, err)

@@ -76,7 +76,7 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
         _show_check(planning.check(document), how["as_json"])
         return
     started = planning.begin(document, asked, job, size_guard(how["yes"]))
-    _announce(started, how)
+    _announce(started, how, started.record.machine)
     _carry(started, how)
 
 
@@ -114,7 +114,7 @@ def resume(name: str | None, **how: Any) -> None:
               gpu resume 20261120-eval-gsm8k-tiny-3f9c --on otherbox
     """
     found = runs.find(name)
-    _announce(found, how)
+    _announce(found, how, machines.choose(how["machine"]) if how["machine"] else found.record.machine)
     try:
         with _leaving(found):
             journey.carry_on(found, journey.Wish(**{key: how[key] for key in _WISH}))
@@ -124,11 +124,11 @@ def resume(name: str | None, **how: Any) -> None:
     _carry(found, how)
 
 
-def _announce(run: Run, how: dict[str, bool]) -> None:
+def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
     """Say the run's id first of all: with it, everything else can be found."""
     if how["as_json"]:
         return
-    where = "this computer" if run.record.machine == machines.LOCAL else run.record.machine
+    where = "this computer" if machine == machines.LOCAL else machine
     click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on {where}")
 
 
@@ -142,6 +142,8 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
                 journey.go(run, news, _waiting(run))
     finally:
         _show_outcome(run, how)
+    for left in journey.gather(run) if run.record.former else ():
+        click.echo(f"{left} did not answer, and may still work on {run.run_id}; ask again: gpu pull", err=True)
     if run.record.state in runs.ENDED:
         advance.raise_if_not_done(run)
 

@@ -38,9 +38,9 @@ def runs(everything: bool, refresh: bool, as_json: bool) -> None:
     found = list(records.remembered())
     found = found if everything else found[-_SHOWN:]
     for run in found:
-        asks = refresh or run.record.machine == machines.LOCAL
-        if asks and (run.record.state == "running" or not all(entry["settled"] for entry in run.record.former)):
-            _refresh(run)
+        left = refresh and not all(entry["settled"] for entry in run.record.former)
+        if left or (run.record.state == "running" and (refresh or run.record.machine == machines.LOCAL)):
+            _refresh(run, everywhere=refresh)
     documents = [advance.document(run) for run in found]
     if as_json:
         output.document(documents)
@@ -50,11 +50,11 @@ def runs(everything: bool, refresh: bool, as_json: bool) -> None:
     )
 
 
-def _refresh(run: Run) -> None:
+def _refresh(run: Run, *, everywhere: bool) -> None:
     """Look at a run anew; one that does not answer must not hide the others."""
     try:
-        journey.refresh(run)
-    except errors.NotReachable as error:
+        journey.refresh(run, everywhere=everywhere)
+    except errors.GpuError as error:
         click.echo(plain(error.message), err=True)
 
 
@@ -115,6 +115,8 @@ def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> N
     \b
     Example:  gpu stop
     """
+    if name and everything:
+        raise errors.UsageError("Say which run, or --all, not both. Nothing was stopped.")
     found = _running() if everything else [records.find(name)]
     failures = [failure for run in found if (failure := _stop(run, grace_s))]
     _show(found, as_json, lambda run: f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
