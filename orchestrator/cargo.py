@@ -129,7 +129,7 @@ def kept_here(cargo: Cargo, agent: str) -> Cargo:
 
 
 def for_elsewhere(cargo: Cargo | None, job: dict[str, Any], folder: Path) -> Cargo:
-    """What a run that began on this computer takes along: its parameters as they are now; what it had stays as it is."""
+    """What a run that began on this computer takes along: its parameters as they are now, and what it had."""
     packed = pack(job, (), folder, at_home=False)
     if cargo is None or cargo.work is None:
         return packed

@@ -85,7 +85,7 @@ def agents_of(run: Run, verb: str) -> list[int]:
 @pytest.mark.parametrize("number", [1, 2])
 def test_an_attempt_folder_left_by_a_crash_is_taken(counting_run: Make, on_machine: Folder, number: int) -> None:
     """A crash between making an attempt's folder and counting the attempt leaves a run that starts all the same."""
-    run = counting_run(count=40, pace_s=0.01)
+    run = counting_run(count=40, pace_s=0.05)
     if number == 2:
         set_off(run, on_machine(run))
         journey.stop(run, 1.0)
