@@ -60,6 +60,7 @@ _ALLOWED = (0, 5, 10, -signal.SIGKILL)
 """How a command may end in a storm: done, the job failed, unreachable or lost, killed by us."""
 _CALM_S = 240.0
 _POLL_S = 0.02
+_WORKING_S = 10.0
 
 
 @dataclass
@@ -162,7 +163,14 @@ class SshStorm:
                 os.kill(pids[name]["pid"], signal.SIGKILL)
 
     def _move(self, box: Sshd, command: subprocess.Popen[bytes], moment_s: float) -> subprocess.Popen[bytes]:
-        """The machine is gone, the run taken over by the other one; then the old one comes back and knows nothing."""
+        """The machine is gone, the run taken over by the other one; then the old one comes back and knows nothing.
+
+        The run works there when it is cut off, if it does within a while: what it makes from then on comes home late.
+        """
+        deadline = time.monotonic() + _WORKING_S
+        while there(box, self.run).state().state != "running" and time.monotonic() < deadline:
+            command = self._alive(command)
+            time.sleep(_POLL_S)
         command.kill()
         command.wait()
         box.kill_all()
