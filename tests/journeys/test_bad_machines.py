@@ -274,7 +274,7 @@ def test_a_locale_without_utf8(box: Box, tmp_path: Path, locale: str) -> None:
             pytest.skip("no such locale can be made here. Type: apt-get install locales")
     server.write_bashrc(f"export LOCPATH={tmp_path} LANG={locale} LC_ALL={locale}\n")
     Path("größer 数.py").write_text(
-        "import pathlib, sys\npathlib.Path('ergebnis-é.txt').write_text(sys.argv[1], encoding='utf-8')\n",
+        "import os, sys\nopen('ergebnis-é.txt'.encode('utf-8'), 'wb').write(os.fsencode(sys.argv[1]))\n",
         encoding="utf-8",
     )
     words = ["--on", "box", "--environment", "none", "--need", "größer 数.py", "--out", "*.txt", "--json", "--"]
