@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir, spec
-from orchestrator import clock, config, delivery, follow, machines, summary, transport
+from orchestrator import clock, config, delivery, follow, machines, outs, summary, transport
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import ENDED, Run
@@ -130,8 +130,7 @@ def _at_home(run: Run) -> Iterator[tuple[str, Path]]:
     """Everything of a run that a machine new to it should have, by the name it is sent under."""
     yield from _resolved(run)
     yield from (("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections))
-    for path in sorted(run.home.out.rglob("*")):
-        yield f"{rundir.OUT}/{path.relative_to(run.home.out).as_posix()}", path
+    yield from outs.newest(run.home)
 
 
 def _resolved(run: Run) -> Iterator[tuple[str, Path]]:

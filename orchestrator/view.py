@@ -16,6 +16,8 @@ from orchestrator.plain import plain
 
 REFRESH_PER_SECOND = 2
 _LINE_EVERY_S = 10.0
+_SAID: set[str] = set()
+"""Files that were said to stay on their machine: every pull names them again."""
 
 
 class Tally:
@@ -103,7 +105,8 @@ def spoken(frame: dict[str, Any]) -> str:
         return plain(f"{frame['unreachable']} Trying again; the run may go on there by itself. Ctrl-C leaves it.")
     if "reachable" in frame:
         return plain(f"{frame['reachable']} answers again.")
-    if "skipped" in frame:
+    if "skipped" in frame and frame["skipped"] not in _SAID:
+        _SAID.add(frame["skipped"])
         return plain(f"Left on the machine: {frame['skipped']}: {frame.get('why', '')}")
     return ""
 

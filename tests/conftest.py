@@ -68,6 +68,7 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LAMBDA_API_KEY", "VAST_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a developer's GPU is not claimed by every run of a test
     monkeypatch.setenv("GPU_HOME", str(tmp_path / "state"))
     folder = tmp_path / "here"
     folder.mkdir()

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from jobs import durable
-from orchestrator import rescoring, runs, summary
+from orchestrator import outs, rescoring, runs, summary
 from orchestrator.cli import completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -94,7 +94,7 @@ def show(run: Run) -> None:
 
 def show_outs(run: Run) -> None:
     """Print what a command brought home."""
-    files = sorted(path for path in run.home.out.rglob("*") if path.is_file())
+    files = [path for _, path in outs.newest(run.home)]
     click.echo(f"\n{len(files)} files are home in {run.home.out}" if files else "\nNo files were to come home.")
     for path in files[:_SHOWN]:
         click.echo(f"  {plain(path.relative_to(run.home.out).as_posix())}")
