@@ -57,7 +57,8 @@ def push(target: Target, files: list[tuple[Path, str]], progress: Callable[[int]
         for source, name in files:
             (Path(links) / name).symlink_to(source.absolute())
         words = ["rsync", "-rL", "--inplace", "--partial", "--no-perms", "--chmod=F600", "--progress"]
-        words += ["-e", f'ssh -F "{target.config}"', "--", f"{links}/", f"{target.host}:{target.folder}/"]
+        shell = f'ssh -F "{target.config}" -o ServerAliveInterval=5'  # so that a dead peer is noticed within 20 s
+        words += ["-e", shell, "--", f"{links}/", f"{target.host}:{target.folder}/"]
         _watched(words, target, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, progress)
 
 

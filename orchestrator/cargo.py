@@ -51,7 +51,7 @@ class Cargo:
         try:
             work = _content(document["work"]) if document["work"] else None
             params = {key: (_content(given), name) for key, (given, name) in document["params"].items()}
-            return cls(work, params, str(document["root"]), bool(document["at_home"]))
+            return cls(work, params, str(document.get("root", "")), bool(document.get("at_home")))
         except (BadTree, KeyError, TypeError, ValueError, AttributeError):
             raise ConfigError(f"{path} is damaged.", "Start the run anew.") from None
 

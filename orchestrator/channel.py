@@ -60,8 +60,9 @@ class Channel:
 
     def read(self, size: int, deadline: float) -> bytes:
         """See Stream."""
+        until = min(deadline, clock.monotonic() + HANDSHAKE_S)  # login files have no more time than a server's greeting
         while not self._begun:
-            self._begin(deadline)
+            self._begin(until)
         if self._buffer:
             head, self._buffer = self._buffer[:size], self._buffer[size:]
             return head
@@ -84,7 +85,8 @@ class Channel:
             return
         if not chunk:
             self.code(deadline)  # raises when the connection was lost
-        said = last_line(self._buffer[-_CHUNK_BYTES:] + b"\n" + self._complaint()) or "nothing"
+        noise = self._buffer[: self._buffer.rfind(b"\n")] if chunk else self._buffer  # of a flood: the last whole line
+        said = last_line(noise[-_CHUNK_BYTES:] + b"\n" + self._complaint()) or "nothing"
         raise ConfigError(
             f"The login shell of {self._where} ended, or goes on talking, before the command ran. It said: {said}",
             "Its login files (.bashrc, .profile) must do nothing when no terminal is there: no tmux, no exec, no exit.",

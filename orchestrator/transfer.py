@@ -59,7 +59,7 @@ def export_state(target: Path, replace: bool) -> Report:
     """
     if os.path.lexists(target) and not replace:
         raise UsageError(f"{target} is there already. Nothing was written.", "Overwrite it with -y.")
-    with _alone():
+    with machines.locked():
         found = _collected()
     files = {name: data for name, data in found.items() if _is_sound(found, name)}
     if not files:
@@ -88,7 +88,7 @@ def import_state(source: Path) -> Report:
     unsound = [name for name in sorted(files) if not _is_sound(files, name)]
     if unsound:
         raise _bad(f"{unsound[0]} in it is damaged")
-    with _alone():
+    with machines.locked():
         new = [name for name in _machine_names(files) if _is_new(name, files)]
         notes = [_missing_key_note(name, files) for name in new]
         with _undone_on_failure() as undo:
@@ -98,16 +98,6 @@ def import_state(source: Path) -> Report:
             new_runs = _put_runs(files, undo, notes)
             taken = _put_config(files, notes)
     return Report(new, new_runs, taken, [note for note in notes if note])
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hold the lock under which machines are added and forgotten."""
-    try:
-        with machines.locked():
-            yield
-    except TimeoutError:
-        raise ConfigError("Another gpu command adds or forgets a machine. Nothing was changed.", "Try again.") from None
 
 
 def _collected() -> Files:

@@ -95,7 +95,7 @@ def show(run: Run) -> None:
 def show_outs(run: Run) -> None:
     """Print what a command brought home."""
     files = [path for _, path in outs.newest(run.home)]
-    click.echo(f"\n{len(files)} files are home in {run.home.out}" if files else "\nNo files were to come home.")
+    click.echo(f"\n{len(files)} files are home in {run.home.out}" if files else "\nNo files came home.")
     for path in files[:_SHOWN]:
         click.echo(f"  {plain(path.relative_to(run.home.out).as_posix())}")
     if len(files) > _SHOWN:

@@ -295,7 +295,7 @@ def test_another_command_at_work_is_said(exported: Path, monkeypatch: pytest.Mon
     durable.have_folder(config.state_folder() / "machines")
     with (
         locks.held(config.state_folder() / "machines" / ".lock", 1),
-        pytest.raises(ConfigError, match="Another gpu command"),
+        pytest.raises(ConfigError, match="Another command"),
     ):
         transfer.import_state(exported)
 
