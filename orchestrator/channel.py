@@ -89,7 +89,7 @@ class Channel:
         said = last_line(noise[-_CHUNK_BYTES:] + b"\n" + self._complaint()) or "nothing"
         raise ConfigError(
             f"The login shell of {self._where} ended, or goes on talking, before the command ran. It said: {said}",
-            "Its login files (.bashrc, .profile) must do nothing when no terminal is there: no tmux, no exec, no exit.",
+            "The account needs a shell that runs commands, and login files (.bashrc) without tmux, exec or exit there.",
         )
 
     def _receive(self, size: int, deadline: float) -> bytes:
