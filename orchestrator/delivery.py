@@ -41,8 +41,8 @@ def deliver(run: Run, machine: Machine, say: Say) -> Place:
     packed = Cargo.load(run.home.cargo)
     if machine.name == machines.LOCAL and (packed is None or packed.work is None):
         return Place(run.record.python, run.record.cwd)
-    if machine.name != machines.LOCAL and (packed is None or packed.at_home):
-        packed = cargo.for_elsewhere(packed, run.job(), Path(run.record.cwd))
+    if machine.name != machines.LOCAL:
+        packed = _for_elsewhere(run)
         packed.save(run.home.cargo)
     assert packed is not None
     agent = run.record.agent
@@ -57,6 +57,19 @@ def deliver(run: Run, machine: Machine, say: Say) -> Place:
     work = _staged(run, machine, packed) if packed.work else machine.root
     python = found.result()
     return Place(python or machine.python, str(work), str(Path(python).parent) if python else "")
+
+
+def new_bytes(run: Run, name: str) -> int:
+    """How much may have to travel before the run can go on on a machine."""
+    return cargo.new_bytes(_for_elsewhere(run), name)
+
+
+def _for_elsewhere(run: Run) -> Cargo:
+    """What the run takes along to a machine other than this computer."""
+    packed = Cargo.load(run.home.cargo)
+    if packed is None or packed.at_home:
+        return cargo.for_elsewhere(packed, run.job(), Path(run.record.cwd))
+    return packed
 
 
 def _fetch_ahead(run: Run, machine: Machine) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from orchestrator import advance, clock, follow, machines, planning
+from orchestrator import advance, clock, delivery, follow, machines, planning
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
 from orchestrator.runs import ENDED, Run
@@ -56,6 +56,8 @@ class Wish:
     take_over: bool = False
     queue: bool | None = None
     new_code: bool = False
+    guard: Callable[[int], None] = lambda _: None
+    """Told how many bytes may have to travel to another machine; raises when that is not wanted."""
 
 
 def carry_on(run: Run, wish: Wish) -> None:
@@ -82,6 +84,10 @@ def move(run: Run, wish: Wish) -> None:
     Raises UsageError while it runs there, and NotReachable when that cannot be known: unreachable is not dead.
     """
     target = machines.choose(wish.machine)
+    if target == machines.LOCAL:
+        planning.check_interpreter(run.record.environment or "none")
+    elif run.record.state != "sealed":
+        wish.guard(delivery.new_bytes(run, target))
 
     def leave(run: Run, machine: Machine, arrivals: Arrivals, _: News) -> None:
         surely = _is_over(run, machine, arrivals, wish.take_over)

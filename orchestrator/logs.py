@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import sys
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from jobs import rundir
 from orchestrator import advance, follow, journey, view
 from orchestrator.errors import GpuError
 from orchestrator.home import Arrivals, News
+from orchestrator.plain import plain
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
 
@@ -20,8 +20,10 @@ _DECODER = codecs.getincrementaldecoder("utf-8")  # a character may be cut betwe
 
 def show(run: Run, lines: int, echo: Callable[[str], None]) -> Tail:
     """Print the last lines of the newest attempt's log; returns a tail that goes on from there."""
-    with contextlib.suppress(GpuError):  # what is home can be shown all the same
+    try:
         journey.refresh(run)
+    except GpuError as error:  # what is home can be shown all the same
+        _note(f"{error.message} This is what is home:")
     tail = Tail(run, echo)
     attempts = tail.attempts()
     for attempt in attempts:
@@ -55,7 +57,7 @@ class Tail:
         if str(frame.get("file", "")).endswith("log.txt"):
             self.print_new()
         if words := view.spoken(frame):
-            print(words, file=sys.stderr, flush=True)  # noqa: T201 -- notes go to stderr
+            _note(words)
 
     def print_new(self) -> None:
         """Print every byte that was not printed yet."""
@@ -67,6 +69,10 @@ class Tail:
             if data:
                 decoder = self._decoders.setdefault(attempt.number, _DECODER(errors="replace"))
                 self.echo(decoder.decode(data))
+
+
+def _note(words: str) -> None:
+    print(plain(words), file=sys.stderr, flush=True)  # noqa: T201 -- notes go to stderr
 
 
 def _quickly(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:

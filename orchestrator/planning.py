@@ -21,7 +21,6 @@ from orchestrator.runs import Record, Run
 
 _COMMAND = "command"
 WORKER_PACKAGES = ("torch", "transformers", "peft", "datasets")
-_PATHS = ("dataset", "shots_dataset", "model", "adapter", "chat_template")
 _WORDS = ("auto", "none", "tiny", "generated")
 """Values with a meaning of their own, even where a folder bears that name (write ./tiny for it)."""
 _FILE_SUFFIXES = (".jsonl", ".json", ".gz", ".parquet", ".jinja", ".jinja2", ".txt")
@@ -87,7 +86,7 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
     """
     environment = asked.environment or job.environment
     if asked.machine == machines.LOCAL:
-        _check_interpreter(environment)
+        check_interpreter(environment)
     config.job_environment(list(asked.env_names), everything=False)
     at_home = asked.machine == machines.LOCAL
     packed = cargo.pack(document, (*job.needs, *asked.needs), Path.cwd(), at_home=at_home)
@@ -115,7 +114,7 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
     """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept."""
     if document["story"] == "command":
         raise UsageError("A command has no prompts to check.", "What would travel: gpu sync --plan")
-    _check_interpreter("train")
+    check_interpreter("train")
     machine = machines.this_computer()
     name = agents.keep(config.state_folder() / "agents")
     main = config.state_folder() / "agents" / name / "worker" / "__main__.py"
@@ -133,7 +132,8 @@ def take_new_code(run: Run) -> None:
     run.save(agent=new, code_changes=[*run.record.code_changes, change])
 
 
-def _check_interpreter(environment: str) -> None:
+def check_interpreter(environment: str) -> None:
+    """Raise ConfigError when this computer's Python cannot run a job of that kind of environment."""
     missing = [name for name in WORKER_PACKAGES if importlib.util.find_spec(name) is None]
     if missing and environment != "none":
         raise ConfigError(
@@ -157,7 +157,7 @@ def _check_outs(job: spec.Job, outs: tuple[str, ...]) -> None:
 
 def _check_paths(params: dict[str, Any]) -> None:
     """Make paths absolute in place; a path to nothing is an error now, not in an hour."""
-    for key in _PATHS:
+    for key in cargo.PATHS:
         value = params.get(key)
         if isinstance(value, str) and _is_path(value):
             params[key] = str(_existing(key, Path(value)))

@@ -100,9 +100,11 @@ class Command:
         return exit_code(-signal.SIGKILL if self._child.returncode is None else self._child.returncode)
 
     def _signal(self, number: int) -> None:
+        """To each process once: one that saves its work at the first TERM might die of a second."""
+        below = processes.descendants(os.getpid())
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._child.pid, number)
-        processes.kill(processes.descendants(os.getpid()), number)
+        processes.kill([pid for pid in below if not processes.is_in_group(pid, self._child.pid)], number)
 
 
 def exit_code(code: int) -> int:

@@ -119,6 +119,14 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
             os.kill(pid, number)
 
 
+def is_in_group(pid: int, group: int) -> bool:
+    """Whether a process belongs to that process group; one that is gone belongs to none."""
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False
+
+
 def reap() -> None:
     """Collect every dead child of this process that nobody waits for."""
     with contextlib.suppress(ChildProcessError):

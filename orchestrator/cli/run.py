@@ -104,6 +104,7 @@ def size_guard(yes: bool) -> Callable[[int], None]:
 @click.option("--queue/--no-queue", default=None, help="Wait while others have the GPUs.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
 @click.option("--new-code", is_flag=True, help="Go on with the worker code installed now; recorded in run.json.")
+@click.option("-y", "--yes", is_flag=True, help="Send more than 2 GB without asking.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def resume(name: str | None, **how: Any) -> None:
@@ -117,8 +118,9 @@ def resume(name: str | None, **how: Any) -> None:
     _announce(found, how, machines.choose(how["machine"]) if how["machine"] else found.record.machine)
     try:
         with _leaving(found):
-            journey.carry_on(found, journey.Wish(**{key: how[key] for key in _WISH}))
-    except errors.GpuError:
+            wish = journey.Wish(**{key: how[key] for key in _WISH}, guard=size_guard(how["yes"]))
+            journey.carry_on(found, wish)
+    except (errors.GpuError, click.exceptions.Exit):
         _show_outcome(found, how)
         raise
     _carry(found, how)

@@ -11,9 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from click.testing import CliRunner
+
 from jobs import rows, rundir
-from orchestrator import runs
-from orchestrator.errors import HostKeyChanged, NotReachable, UsageError
+from orchestrator import planning, runs, sync
+from orchestrator.cli import run as commands
+from orchestrator.errors import ConfigError, HostKeyChanged, NotReachable, UsageError
 from orchestrator.runs import Run
 from tests.rig import Proxy, Reachable, Sshd
 from tests.waiting import until
@@ -152,6 +156,39 @@ def test_wishes_hold_for_a_move_too(box: Box, counting_run: Make) -> None:
     record = runs.find(run.run_id).record
     assert record.queue
     assert len(record.code_changes) == 1
+
+
+def test_much_is_sent_elsewhere_only_when_somebody_says_yes(
+    box: Box, counting_run: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The size guard stands before a move too: refused, the run stays where it was; with -y it goes."""
+    box("second")
+    monkeypatch.setattr(sync, "SIZE_GUARD_BYTES", 1000)
+    (tmp_path / "rows.jsonl").write_bytes(b"x" * 1001)
+    run = counting_run(count=3, dataset=str(tmp_path / "rows.jsonl"))
+    asked = CliRunner().invoke(commands.resume, [run.run_id, "--on", "second", "--detach"])
+    assert isinstance(asked.exception, UsageError)
+    assert runs.find(run.run_id).record.machine == "local"
+    sent = CliRunner().invoke(commands.resume, [run.run_id, "--on", "second", "--detach", "-y"])
+    assert sent.exit_code == 0, sent.output
+    assert runs.find(run.run_id).record.machine == "second"
+    assert gpu("resume", run.run_id).returncode == 0
+
+
+def test_a_run_comes_to_this_computer_only_if_it_can_run_here(
+    box: Box, counting_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that needs an environment is refused here, before anything is stopped, when a package is missing."""
+    server = box("box")
+    run = counting_run(on="box", count=300, pace_s=0.05)
+    running(server, run)
+    run.reload()
+    run.save(environment="train")
+    monkeypatch.setattr(planning, "WORKER_PACKAGES", ("torch", "no_such_package"))
+    asked = CliRunner().invoke(commands.resume, [run.run_id, "--on", "local", "--take-over"])
+    assert isinstance(asked.exception, ConfigError)
+    assert "no_such_package" in asked.exception.message
+    assert there(server, run).state().state == "running"
 
 
 def test_ctrl_c_ends_a_push_at_once(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,30 @@ def test_a_frozen_machine_is_waited_for(box: Box, counting_run: Make) -> None:
     assert command.returncode == 0, said
     assert len(there(server, run).attempts()) == 1
     assert_home(run, 60, server)
+
+
+def test_a_look_at_a_frozen_machine_ends_soon(box: Box, counting_run: Make) -> None:
+    """`gpu logs` without -f shows what is home and says that the machine is silent; a script gets its document."""
+    server = box("box")
+    run = counting_run(on="box", count=300, pace_s=0.05)
+    assert gpu("resume", run.run_id, "--detach").returncode == 0
+    until(lambda: len(made_there(server, run)) >= 3)
+    assert gpu("pull", run.run_id).returncode == 0
+    server.freeze()
+    try:
+        began = time.monotonic()
+        shown = gpu("logs", run.run_id)
+        assert time.monotonic() - began < 30
+        assert shown.returncode == 0
+        assert "does not answer" in shown.stderr
+        looking = started("resume", run.run_id, "--json")
+        until(lambda: journey.follower(run) == str(looking.pid), 20)
+        looking.send_signal(signal.SIGINT)
+        said, _ = looking.communicate(timeout=30)
+    finally:
+        server.thaw()
+    assert looking.returncode == 130
+    assert json.loads(said)["run_id"] == run.run_id
 
 
 def test_a_killed_command_is_carried_on(box: Box, counting_run: Make) -> None:
