@@ -7,7 +7,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from jobs import rows
@@ -21,16 +22,18 @@ _SAID: set[str] = set()
 
 
 class Tally:
-    """What the frames of a pull add up to: the phase, the rows at home and their mean score so far."""
+    """What rows that were home and the frames of a pull add up to: the phase, the rows at home, their mean score."""
 
-    def __init__(self, home: int) -> None:
+    def __init__(self, before: Iterable[bytes] = ()) -> None:
         self.phase = ""
-        self.home = home
+        self.home = 0
         self.total: int | None = None
         self.rate = 0.0
         self.eta_s = 0.0
         self._scored = 0
         self._sum = 0.0
+        for line in before:
+            self._count(line)
 
     def take(self, frame: dict[str, Any], data: bytes) -> bool:
         """Count one frame in; True when something a person would like to see has changed."""
@@ -65,7 +68,7 @@ class Tally:
 
     @property
     def score(self) -> str:
-        """The mean score of the rows seen, in words; empty before there is one."""
+        """Their mean score, in words; empty before there is one."""
         return f"score {self._sum / self._scored:.3f}" if self._scored else ""
 
     def line(self) -> str:
@@ -112,15 +115,20 @@ def spoken(frame: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def watching(home: int, quiet: bool) -> Iterator[View]:
-    """The view that fits: nothing when quiet, a live line on a terminal, else a plain line now and then; on stderr."""
+def watching(home: Path, quiet: bool) -> Iterator[View]:
+    """The view that fits: nothing when quiet, a live line on a terminal, else a plain line now and then; on stderr.
+
+    `home`: the rows that are there already.
+    """
     if quiet:
         yield lambda _frame, _data: None
-    elif sys.stderr.isatty():
-        with _live(Tally(home)) as view:
+        return
+    tally = Tally(line for _, line in rows.whole_lines(home))
+    if sys.stderr.isatty():
+        with _live(tally) as view:
             yield view
     else:
-        yield _Lines(Tally(home))
+        yield _Lines(tally)
 
 
 class Listening:

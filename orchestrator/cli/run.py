@@ -173,7 +173,7 @@ def _watching(run: Run, how: dict[str, bool]) -> Iterator[View]:
         with output.text(run.record.env_names) as echo:
             yield view.Listening(echo)
     else:
-        with view.watching(run.record.rows_home, silent) as news:
+        with view.watching(run.home.rows, silent) as news:
             yield news
 
 

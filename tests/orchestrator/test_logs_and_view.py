@@ -119,16 +119,16 @@ def test_nothing_that_controls_is_left(text: str) -> None:
 
 def test_a_tally_counts_what_comes_home() -> None:
     """Good rows add to those that were home; the mean is over scores that there are; what cannot be read is no row."""
-    tally = view.Tally(home=10)
+    tally = view.Tally([row(8), row(9), b"damaged"])
     lines = [row(1), row(2, score=0.0), row(3, score=None), row(4, error="timed out", score=None), b"damaged\n"]
     assert tally.take(*rows_frame(*lines))
-    assert tally.home == 13
-    assert tally.score == "score 0.500"
+    assert tally.home == 5
+    assert tally.score == "score 0.750"
 
 
 def test_a_tally_says_all_of_it_on_one_line() -> None:
     """The line has phase, rows home of how many, score, pace and time left; before anything came it says so."""
-    tally = view.Tally(home=0)
+    tally = view.Tally()
     assert tally.line() == "starting · 0 rows home"
     tally.take(*status())
     tally.take(*rows_frame(row(1)))
@@ -138,7 +138,7 @@ def test_a_tally_says_all_of_it_on_one_line() -> None:
 @pytest.mark.parametrize("name", ["log.txt", "selections.jsonl", "env.json", "exit.json"])
 def test_other_files_are_no_news_for_a_tally(name: str) -> None:
     """A frame of another file changes nothing and asks for no new line."""
-    tally = view.Tally(home=0)
+    tally = view.Tally()
     assert not tally.take({"file": f"attempts/0001/{name}"}, row(1))
     assert not tally.take({"whole": f"attempts/0001/{name}"}, status()[1])
     assert not tally.take({"beat": True}, b"")
@@ -151,7 +151,7 @@ def test_other_files_are_no_news_for_a_tally(name: str) -> None:
 )
 def test_a_damaged_status_leaves_the_last_good_one(data: bytes) -> None:
     """A status that a power cut tore is passed over: what was known of rows and pace stays."""
-    tally = view.Tally(home=0)
+    tally = view.Tally()
     tally.take(*status())
     before = (tally.total, tally.rate, tally.eta_s)
     tally.take({"whole": "attempts/0001/status.json"}, data)
@@ -160,7 +160,7 @@ def test_a_damaged_status_leaves_the_last_good_one(data: bytes) -> None:
 
 def test_a_phase_is_made_harmless() -> None:
     """A phase with escape sequences reaches the line without them; its brackets are words, not markup."""
-    tally = view.Tally(home=0)
+    tally = view.Tally()
     tally.take(*status(phase=f"{TITLE}[/x]loading"))
     assert tally.phase == "[/x]loading"
 
@@ -183,9 +183,9 @@ def test_time_spans_are_said_as_people_say_them(seconds: float, words: str) -> N
     assert view.duration(seconds) == words
 
 
-def test_where_nobody_looks_lines_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nobody_looks_lines_are_plain(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without a terminal, a new phase is one plain line on standard error; the same phase again is none."""
-    with view.watching(0, quiet=False) as news:
+    with view.watching(tmp_path / "rows.jsonl", quiet=False) as news:
         for phase in ("loading", "loading", "generating"):
             news(*status(phase=phase))
     said = capsys.readouterr()
@@ -193,9 +193,17 @@ def test_where_nobody_looks_lines_are_plain(capsys: pytest.CaptureFixture[str]) 
     assert [line.partition(" ")[0] for line in said.err.splitlines()] == ["loading", "generating"]
 
 
-def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_score_counts_what_was_home_before(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Carrying on, the mean begins with the rows that are there."""
+    (tmp_path / "rows.jsonl").write_bytes(row(1, score=0.0) + row(2, score=1.0))
+    with view.watching(tmp_path / "rows.jsonl", quiet=False) as news:
+        news(*status())
+    assert "2 of 8 rows home · score 0.500" in capsys.readouterr().err
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Asked to be quiet, nothing is printed whatever comes."""
-    with view.watching(0, quiet=True) as news:
+    with view.watching(tmp_path / "rows.jsonl", quiet=True) as news:
         news(*status())
     assert capsys.readouterr() == ("", "")
 
