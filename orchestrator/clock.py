@@ -23,6 +23,11 @@ def monotonic() -> float:
     return time.monotonic()
 
 
+def sleep(seconds: float) -> None:
+    """Wait so long; every loop that waits for something elsewhere has a deadline of its own."""
+    time.sleep(seconds)
+
+
 def timestamp() -> float:
     """Seconds since 1970, UTC: for what is compared across processes."""
     return time.time()

@@ -4,7 +4,16 @@ GpuError
 ├── UsageError          2  what was typed is wrong
 ├── ConfigError         3  what it points to is wrong: a file, a setting, an account
 │   ├── HostKeyChanged  3  another host answers at a machine's address; nothing was sent
-│   └── LoginRefused    3  a machine does not let us in; nothing was sent
+│   ├── LoginRefused    3  a machine does not let us in; nothing was sent
+│   └── AuthRejected    3  a provider does not accept the account key; nothing was rented
+├── ProviderError       4  a provider said no, or nothing; nothing was rented
+│   ├── Refused         4  it will not: quota, funds, a wrong request; asking again is no use
+│   ├── NoCapacity      4  it has no such machine free just now; another region or type may do
+│   ├── RateLimited     4  it was asked too often; nothing happened
+│   └── ProviderDown    4  it does not answer, or not as its API does; nothing happened
+├── MayCost            20  a machine may still be costing money
+│   ├── LaunchUnknown  20  a paid request got no answer: it may have happened, and is never sent again
+│   └── NotReturned    20  the provider has not said, twice, that a machine is gone
 ├── NotReachable        5  the machine does not answer; nothing is known to be lost
 │   └── BadAnswer       5  it answers, but not as our agent does; asking again at once is no use
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
@@ -57,6 +66,47 @@ class HostKeyChanged(ConfigError):
 
 class LoginRefused(ConfigError):
     """The machine answers, but does not accept the user or the key. Nothing was sent."""
+
+
+class AuthRejected(ConfigError):
+    """A provider does not accept the account key. Nothing was rented; what is rented already goes on costing."""
+
+
+class ProviderError(GpuError):
+    """A provider said no, or nothing that can be used. Nothing was rented by this."""
+
+    exit_code = 4
+
+
+class Refused(ProviderError):
+    """It will not: quota, funds, an inactive account, a request it does not take. Asking again is no use."""
+
+
+class NoCapacity(ProviderError):
+    """It has no such machine free just now. Nothing was rented; another region or type may do."""
+
+
+class RateLimited(ProviderError):
+    """It was asked too often. Nothing happened; it may be asked again later."""
+
+
+class ProviderDown(ProviderError):
+    """It could not be asked, or does not answer as its API does. Nothing happened."""
+
+
+class MayCost(GpuError):
+    """A machine may still be costing money; the message says which, how much, and where to look."""
+
+    exit_code = 20
+    usual_hint = "Look, and have it mended: gpu audit --fix"
+
+
+class LaunchUnknown(MayCost):
+    """A paid request got no answer: it may have happened. It is looked for by its marker, and never sent again."""
+
+
+class NotReturned(MayCost):
+    """The provider has not said, twice, that a machine is gone."""
 
 
 class BadAnswer(NotReachable):
