@@ -28,6 +28,9 @@ _DEAD_PEER_MS = 15_000
 _KEEPALIVE_S = (5, 5, 3)
 """Idle seconds, seconds between probes, probes: a silent peer is noticed within 20 s."""
 _CHANNELS_MAX = 6
+_BROKE_OFF = ("transport shut down", "timeout")
+"""What paramiko calls an authentication that failed, but was never answered. Of a single key: with several, a server
+that has seen enough of them ends so too."""
 _TRIES = 3
 _DROPPED_WITHIN_S = 5.0
 """A busy server drops a connection at once; one that takes longer to say nothing is not asked again."""
@@ -65,6 +68,8 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
         raise HostKeyChanged(*_changed(host, error.key.fingerprint, error.expected_key.fingerprint)) from None
     except paramiko.AuthenticationException as error:
         client.close()
+        if key is not None and any(sign in str(error) for sign in _BROKE_OFF):
+            raise NotReachable(_no_server(host, port, "it broke off during the login")) from None
         raise LoginRefused(*_refused(settings, error)) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
         client.close()
@@ -72,11 +77,15 @@ def connect(settings: dict[str, Any], known_hosts: Path) -> paramiko.SSHClient:
             raise LoginRefused(*_refused(settings, "there is none.")) from None
         if "not found in known_hosts" in str(error):
             raise HostKeyChanged(*_changed(host, "a key of another kind", "the one pinned")) from None
-        raise NotReachable(f"{host} port {port} does not answer as an SSH server: {error or 'it hung up'}.") from None
+        raise NotReachable(_no_server(host, port, error)) from None
     except BaseException:
         client.close()
         raise
     return client
+
+
+def _no_server(host: str, port: int, why: object) -> str:
+    return f"{host} port {port} does not answer as an SSH server: {str(why) or 'it hung up'}."
 
 
 def _load_pinned(client: paramiko.SSHClient, known_hosts: Path) -> None:
@@ -101,7 +110,7 @@ def host_key(host: str, port: int) -> paramiko.PKey:
         transport.start_client(timeout=HANDSHAKE_S)
         return transport.get_remote_server_key()
     except (paramiko.SSHException, OSError, EOFError) as error:
-        raise NotReachable(f"{host} port {port} does not answer as an SSH server: {error or 'it hung up'}.") from None
+        raise NotReachable(_no_server(host, port, error)) from None
     finally:
         transport.close()
 

@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from jobs import rows, rundir
-from orchestrator import enrolment, machines, ssh_config
+from orchestrator import enrolment, machines, ssh, ssh_config
 from orchestrator.errors import NotReachable
 from orchestrator.runs import Run
-from tests.rig import Wire
+from tests.rig import Proxy, Reachable, Sshd, Wire
 from tests.rig.netns import Chain
 from tests.waiting import until
 
@@ -231,3 +232,32 @@ def test_one_packet_in_ten_lost(wire: Wire, counting_run: Make) -> None:
     done = gpu("resume", run.run_id)
     assert done.returncode == 0, done.stderr
     assert_home(wire, run, 100)
+
+
+@pytest.mark.parametrize("how", ["rst", "fin"])
+def test_a_login_cut_at_any_byte_is_no_refusal(
+    machine_room: Callable[..., Sshd],
+    proxies: Callable[[Reachable], Proxy],
+    monkeypatch: pytest.MonkeyPatch,
+    how: Literal["rst", "fin"],
+) -> None:
+    """Wherever the server's half of a login ends, the machine did not answer; it never looks like a wrong key."""
+    server = machine_room("box")
+    proxy = proxies(server)
+    address = ssh_config.Address(server.user, proxy.address, proxy.port)
+    enrolment.add(enrolment.Asked("box", address, server.key, sys.executable))
+    monkeypatch.setattr(ssh, "_TRIES", 1)
+    before = proxy.bytes_down
+    with machines.at("box") as machine:
+        machine.call(["true"], b"")
+    whole = proxy.bytes_down - before
+    cuts = 0
+    for count in range(0, whole, 47):
+        proxy.cut_after(count, "down", how)
+        with machines.at("box") as machine:
+            try:
+                machine.call(["true"], b"")
+            except NotReachable:
+                cuts += 1
+        proxy.pass_all()
+    assert cuts > whole // 47 // 2
