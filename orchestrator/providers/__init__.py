@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator import keys
@@ -33,7 +35,7 @@ def _lambda(key: str) -> Provider:
     return LambdaCloud(key)
 
 
-PROVIDERS = {"lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda)}
+PROVIDERS: dict[str, Cloud] = {"lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda)}
 
 
 def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.open
@@ -55,7 +57,16 @@ def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.ope
 
 def _warn_of_readers(key: keys.Key) -> None:
     """Say on stderr, once, that other users of this computer can read the file a key stands in."""
-    if key.path is None or str(key.path) in _WARNED or not key.path.stat().st_mode & 0o077:
+    where = str(key.path)
+    if key.path is None or where in _WARNED or not _is_open(key.path):
         return
-    _WARNED.add(str(key.path))
-    print(f"Others can read {key.path}, and use the account key in it. Type: chmod 600 {key.path}", file=sys.stderr)  # noqa: T201
+    _WARNED.add(where)
+    mend = f"chmod 600 {shlex.quote(where)}"
+    print(f"Others can read {where}, and use the account key in it. Type: {mend}", file=sys.stderr)  # noqa: T201
+
+
+def _is_open(path: Path) -> bool:
+    try:
+        return bool(path.stat().st_mode & 0o077)
+    except OSError:  # it was there when the key was read, and is not any more
+        return False

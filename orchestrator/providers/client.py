@@ -138,7 +138,7 @@ class Client:
         return self._repeat(call, ("not_sent", "limited"))
 
     def hide(self, text: str, private: str = "") -> str:
-        """The text on one line of at most 300 signs, without control signs, the key in any usual form, other secrets."""
+        """The text on one line of at most 300 signs, without control signs, the key in any usual form, and secrets."""
         lines = [line.strip() for line in private.splitlines() if len(line.strip()) >= _LINE_MIN]
         secrets = [form for value in (self._api.key, *lines) for form in _forms(value)]
         shown = " ".join(keys.masked(plain(text), more=secrets).split())

@@ -127,9 +127,4 @@ def _why_not_sent(error: Exception, reason: object) -> str | None:
         return f"no connection within {CONNECT_S:g} s"
     if any(isinstance(part, ssl.SSLCertVerificationError) for part in getattr(reason, "args", ())):
         return "its certificate is not one this computer trusts"
-    wrong_address = (
-        requests.exceptions.InvalidURL,
-        requests.exceptions.InvalidSchema,
-        requests.exceptions.MissingSchema,
-    )
-    return "its address is not a web address" if isinstance(error, wrong_address) else None
+    return "its address is not a web address" if isinstance(error, requests.exceptions.InvalidURL) else None

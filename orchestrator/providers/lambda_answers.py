@@ -36,7 +36,7 @@ _STATES: dict[str, State] = {
 
 
 def complaint(status: int, document: Any) -> Complaint | None:
-    """What the answer says is wrong: an `error` with a code, or nothing asked for in an answer that says all is well."""
+    """What the answer says is wrong: an `error` with a code, or no `data` in an answer that says all is well."""
     error = document.get("error") if isinstance(document, dict) else None
     if isinstance(error, dict) and isinstance(error.get("code"), str):
         code = error["code"]
@@ -62,7 +62,8 @@ def _offers(name: str, entry: Any) -> Iterator[Offer]:
         return
     specs = _object(kind.get("specs"))
     gpu, vram_gb = _gpu(kind, count)
-    for region in _regions(_object(entry).get("regions_with_capacity_available")) or [None]:
+    regions: list[str | None] = [*_regions(_object(entry).get("regions_with_capacity_available"))]
+    for region in regions or [None]:
         yield Offer(
             provider="lambda",
             offer_id=f"{name}@{region}" if region else name,
@@ -180,17 +181,20 @@ def account_keys(data: Any) -> list[dict[str, str]]:
     ]
 
 
+def name_of_key(data: Any) -> str | None:
+    """The name of a key that was just taken in, None when the answer has none."""
+    name = _object(data).get("name")
+    return name if isinstance(name, str) and name else None
+
+
 def file_system(entry: Any, usd_per_gb_month: float) -> str:
     """A file system in words, with what it costs as far as its size is known."""
     found = _object(entry)
     name, region = _text(found.get("name")) or "without a name", _text(_object(found.get("region")).get("name"))
     size = found.get("bytes_used")
-    known = isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < _BYTES_MAX
-    cost = (
-        f"{size / 1e9:.1f} GB, about ${size / 1e9 * usd_per_gb_month:.2f} a month"
-        if known
-        else f"its size is not known, ${usd_per_gb_month:.2f} a GB and month"
-    )
+    cost = f"its size is not known, ${usd_per_gb_month:.2f} a GB and month"
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 <= size < _BYTES_MAX:
+        cost = f"{size / 1e9:.1f} GB, about ${size / 1e9 * usd_per_gb_month:.2f} a month"
     return f"file system {name} ({region or 'region unknown'}): {cost}, until it is deleted"
 
 

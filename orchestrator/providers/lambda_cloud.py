@@ -30,7 +30,7 @@ _LAUNCH_READ_S = 180.0
 """A launch may take tens of seconds; a time-out leaves open whether a machine was rented."""
 _EVERY_S = 1.05
 _LAUNCHES = Lane("launch", 12.5)
-"""The API's limits are 1 a second and one launch in 12 s, counted where calls arrive: a little more lets no two meet."""
+"""Its limits are 1 call a second and a launch in 12 s, counted where calls arrive: a little more lets no two meet."""
 _TERMINATES = Lane("terminate", 3.0)
 _USER_DATA_MAX_BYTES = 1_000_000
 _USD_PER_GB_MONTH = 0.20
@@ -68,10 +68,10 @@ class LambdaCloud:
         if (there := self._name_of(line)) is not None:
             return there
         reply = self._client.until_sent(Call("POST", "/ssh-keys", {"name": name, "public_key": line}))
-        if (there := self._name_of(line)) is not None:  # whatever was answered
-            return there
         if reply.outcome == "ok":
-            raise ProviderDown(f"{TITLE} took the public key {name}, but does not list it. Nothing was rented.")
+            return lambda_answers.name_of_key(reply.document["data"]) or name
+        if (there := self._name_of(line)) is not None:  # a lost answer, or another process was first
+            return there
         raise self._error(reply, f"take the public key {name}")
 
     def key_names(self) -> list[str]:
@@ -168,7 +168,8 @@ class LambdaCloud:
     def _pages(self, path: str, doing: str) -> list[Any]:
         """The whole list, should it ever come in pages; ProviderDown when it is not whole, or no list."""
         entries: list[Any] = []
-        token, query = None, {}
+        token: Any = None
+        query: dict[str, str] = {}
         for _ in range(_PAGES_MAX):
             document = self._read(path, doing, query).document
             if not isinstance(document["data"], list):
@@ -195,7 +196,7 @@ class LambdaCloud:
     def _error(self, reply: Reply, doing: str) -> GpuError:
         """Why something that costs nothing could not be done."""
         said = self._client.hide(f"{TITLE} could not {doing}: {reply.words}") + "."
-        if reply.status == 401 or (reply.status == 403 and reply.code and reply.code not in _ACCOUNT_TROUBLE):
+        if _is_key_refused(reply) and reply.code not in _ACCOUNT_TROUBLE:
             text = f"{said} It does not accept the account key. Nothing was rented; what is rented goes on costing."
             return AuthRejected(text, f"Make a new key at {KEY_PAGE}, then: gpu doctor")
         if reply.outcome == "refused":
@@ -224,7 +225,7 @@ class LambdaCloud:
         """Why an instance may go on costing."""
         said = self._client.hide(f"{TITLE} could not terminate instance {instance_id}: {reply.words}") + "."
         hint = f"Terminate it yourself, now: {self.dashboard}"
-        if reply.status == 401 or (reply.status == 403 and reply.code):
+        if _is_key_refused(reply):
             text = f"{said} INSTANCE {instance_id} MAY STILL BE RUNNING AND COSTING MONEY: the key is not accepted."
             return AuthRejected(text, f"{hint}. Make a new key at {KEY_PAGE}, then: gpu doctor")
         if reply.outcome == "not_sent":
@@ -243,6 +244,10 @@ def _launch_body(offer: Offer, order: Order) -> dict[str, Any]:
         "tags": [{"key": key, "value": text} for key, text in {**order.tags, MARKER_TAG: order.marker}.items()],
     }
     return {**body, "user_data": order.start_script} if order.start_script else body
+
+
+def _is_key_refused(reply: Reply) -> bool:
+    return reply.outcome == "refused" and reply.status in (401, 403)
 
 
 def _is_absent(reply: Reply) -> bool:
