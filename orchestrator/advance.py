@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir, spec
-from orchestrator import clock, config, delivery, follow, machines, outs, summary, transport
+from orchestrator import clock, config, delivery, follow, machines, outs, rentals, summary, transport
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import ENDED, Run
@@ -68,6 +68,7 @@ def start(run: Run, machine: Machine, arrivals: Arrivals) -> None:
             f"Its last words: {answer.get('said')}",
             f"Mend that, then: gpu resume {run.run_id}",
         )
+    run.begin_leg(rentals.price_usd_per_hour(machine.name))
     run.save(state="running", started_at=run.record.started_at or clock.now(), finished_at=None, failure={})
 
 
@@ -177,6 +178,7 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
         begun = run.record.attempt > 0 or arrivals.copy.attempts()
         failure = _lost(run, run.record.attempt) if begun else {}
         arrivals.machine_lost_its_folder()
+        run.end_leg()
         run.save(state="lost" if begun else "planned", failure=failure, attempt=0)
         return
     if end["state"] == "died" or seal is None:
@@ -187,6 +189,7 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
         failure = {"kind": seal.kind, "message": seal.message, "hint": seal.hint}
     state = _ended_state(seal) if end["state"] == "ended" and seal else "lost"
     failure = {} if state == "sealed" else failure
+    run.end_leg()
     run.save(attempt=end["attempt"], finished_at=clock.now(), failure=failure, state=state)
     summary.write(run)  # should this not happen, whoever reads the summary sees that it is older than the record
 
@@ -208,6 +211,21 @@ def _lost(run: Run, attempt: int) -> dict[str, str]:
         f"{run.record.rows_home} rows are home."
     )
     return {"kind": "lost", "message": message, "hint": f"Carry on: gpu resume {run.run_id}"}
+
+
+def machine_is_gone(run: Run) -> None:
+    """Take over that the run's machine is no more, by its provider's own word: nothing of the run is there now."""
+    if run.record.state not in ENDED:
+        message = (
+            f"{run.record.machine} is gone, and with it what it had not sent. {run.record.rows_home} rows are home."
+        )
+        failure = {"kind": "lost", "message": message, "hint": f"Carry on elsewhere: gpu resume {run.run_id} --gpu …"}
+        run.end_leg()
+        run.save(state="lost", finished_at=clock.now(), failure=failure)
+    former = [
+        {**entry, "settled": entry["settled"] or rentals.is_gone(entry["machine"])} for entry in run.record.former
+    ]
+    run.save(former=former)
 
 
 def again(run: Run) -> None:
@@ -237,6 +255,7 @@ def move(run: Run, target: str, *, settled: bool, queue: bool) -> None:
     former = [entry for entry in record.former if entry["machine"] != record.machine]
     former.append({"machine": record.machine, "settled": settled})
     former = [entry for entry in former if entry["machine"] != target or not entry["settled"]]
+    run.end_leg()
     run.save(machine=target, former=former, state="planned", attempt=0, failure={}, finished_at=None, queue=queue)
 
 
@@ -281,7 +300,7 @@ def document(run: Run) -> dict[str, Any]:
         "rows_home": record.rows_home,
         "started_at": record.started_at,
         "finished_at": record.finished_at,
-        "cost_usd": 0.0,
+        "cost_usd": round(run.cost_usd(), 4),
         "reachable": True if record.machine == machines.LOCAL else machines.news(record.machine).get("reachable"),
         "last_seen": record.last_seen,
     }

@@ -110,6 +110,21 @@ def _enrol(asked: Asked, target: Path) -> Record:
     make_key(target, asked.name)
     fingerprint = _pin(asked, target)
     with_passphrase = asked.key is not None and _has_passphrase(asked.key)
+    if asked.key is None:
+        _authorize(asked, target)
+    write_config(asked, target, "SSH_AUTH_SOCK" if with_passphrase else None)
+    return admit(asked, target, fingerprint, key_in_agent=with_passphrase)
+
+
+def write_config(asked: Asked, target: Path, agent_socket: str | None = None) -> None:
+    """Write the ssh_config by which everything of ours reaches the machine."""
+    identity = asked.key.absolute() if asked.key else target / "key"
+    text = ssh_config.text(asked.name, asked.address, identity, agent_socket, target)
+    durable.replace_whole(target / "ssh_config", text.encode())
+
+
+def admit(asked: Asked, target: Path, fingerprint: str, *, key_in_agent: bool = False) -> Record:
+    """Make a machine that lets us in one of the known ones, with what it says of itself. Raises GpuError."""
     record = Record(
         name=asked.name,
         **asdict(asked.address),
@@ -117,23 +132,13 @@ def _enrol(asked: Asked, target: Path) -> Record:
         python="",
         worker_python=asked.python,
         key=str(asked.key.absolute()) if asked.key else None,
-        key_in_agent=with_passphrase,
+        key_in_agent=key_in_agent,
         fingerprint=fingerprint,
         added_at=clock.now(),
         system="",
         gpu=None,
         gpus=0,
     )
-    if asked.key is None:
-        _authorize(asked, target)
-    text = ssh_config.text(
-        asked.name,
-        asked.address,
-        asked.key.absolute() if asked.key else target / "key",
-        "SSH_AUTH_SOCK" if with_passphrase else None,
-        target,
-    )
-    durable.replace_whole(target / "ssh_config", text.encode())
     with SshMachine(target, Path("/"), "python3") as machine:
         record = _complete(record, machine)
     machines.save(record)
@@ -149,8 +154,8 @@ def _take_back(asked: Asked, target: Path) -> None:
         machine.call(["sh", "-c", _DISMISS], (target / "key.pub").read_bytes(), HANDSHAKE_S)
 
 
-def make_key(target: Path, name: str) -> None:
-    """Write a new ed25519 key pair, `key` and `key.pub`, in OpenSSH's format."""
+def make_key(target: Path, name: str, stem: str = "key") -> None:
+    """Write a new ed25519 key pair, `<stem>` and `<stem>.pub`, in OpenSSH's format."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -159,8 +164,8 @@ def make_key(target: Path, name: str) -> None:
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    durable.replace_whole(target / "key", private)
-    durable.replace_whole(target / "key.pub", public + f" gpu-{name}\n".encode())
+    durable.replace_whole(target / stem, private)
+    durable.replace_whole(target / f"{stem}.pub", public + f" gpu-{name}\n".encode())
 
 
 def _pin(asked: Asked, target: Path) -> str:

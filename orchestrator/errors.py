@@ -10,6 +10,7 @@ GpuError
 │   ├── Refused         4  it will not: quota, funds, a wrong request; asking again is no use
 │   ├── NoCapacity      4  it has no such machine free just now; another region or type may do
 │   ├── RateLimited     4  it was asked too often; nothing happened
+│   ├── LaunchFailed    4  what was rented was not what was paid for; it was given back
 │   └── ProviderDown    4  it does not answer, or not as its API does; nothing happened
 ├── MayCost            20  a machine may still be costing money
 │   ├── LaunchUnknown  20  a paid request got no answer: it may have happened, and is never sent again
@@ -88,6 +89,10 @@ class NoCapacity(ProviderError):
 
 class RateLimited(ProviderError):
     """It was asked too often. Nothing happened; it may be asked again later."""
+
+
+class LaunchFailed(ProviderError):
+    """A machine never became ready, or is not what was paid for."""
 
 
 class ProviderDown(ProviderError):

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import machines, runs
+from orchestrator import guarding, ledger, machines, providers, rentals, runs
 from orchestrator.errors import GpuError
 from orchestrator.machines import Record
+from orchestrator.rentals import Rental
 from orchestrator.runs import Run
 
 
@@ -33,9 +34,72 @@ def document(record: Record, on_it: list[str]) -> dict[str, Any]:
     }
 
 
+_STATES = {"refused": "gone"}
+"""Ours, as `gpu status` has them."""
+
+
+def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
+    """A rented machine as `gpu status --json` gives it."""
+    record, known = rental.record, machines.news(rental.name)
+    address = {"user": record.user, "host": record.host, "port": record.port} if record.host else None
+    offer = record.offer
+    return {
+        "name": record.name,
+        "provider": record.provider,
+        "instance_id": record.instance_id,
+        "state": _STATES.get(record.state, record.state),
+        "raw_state": record.raw_state,
+        "gpu": f"{offer['count']}x {offer['gpu']}" if offer.get("gpu") else None,
+        "price_usd_per_hour": rental.price_usd_per_hour,
+        "launched_at": record.launched_at,
+        "ssh": address,
+        "guard": guarding.document(rental),
+        "cost_usd": round(sum(lease.usd() for lease in ledger.leases() if lease.machine == record.name), 4),
+        "runs": on_it,
+        "reachable": known.get("reachable"),
+        "last_seen": known.get("last_seen"),
+    }
+
+
+def documents(name: str | None) -> list[dict[str, Any]]:
+    """Every machine, or the one named: boxes of one's own, and rented ones."""
+    rented = {rental.name: rental for rental in rentals.known()}
+    if name:
+        records, rented = [], {key: value for key, value in rented.items() if key == name}
+        records = [] if rented else [machines.load(name)]
+    else:
+        records = [record for record in machines.known() if record.name not in rented]
+    found = [document(record, runs_on(record.name)) for record in records]
+    return [*found, *(of_rental(rental, runs_on(rental.name)) for rental in rented.values())]
+
+
+def refresh(name: str | None) -> None:
+    """Ask every machine, or the one named, whether it answers, and each provider where its instances stand."""
+    for record in [machines.load(name)] if name and not rentals.find(name) else machines.known():
+        if name in (None, record.name):
+            ask(record)
+    for rental in rentals.known():
+        if name in (None, rental.name) and rental.may_cost and rental.record.instance_id:
+            found = providers.open(rental.record.provider).get(rental.record.instance_id)
+            rental.save(raw_state=found.raw_state if found else "not listed")
+
+
+def warnings() -> list[str]:
+    """What a person should know about the money that machines cost just now: who guards each, and what is past."""
+    found = []
+    for rental in rentals.known():
+        if rental.may_cost:
+            found.append(f"{rental.name}: {guarding.in_words(rental)}")
+        if guarding.is_past(rental):
+            found.append(
+                f"{rental.name} IS PAST ITS DEADLINE and may still cost money. Type: gpu terminate {rental.name}"
+            )
+    return found
+
+
 def line(entry: dict[str, Any]) -> list[str]:
     """A machine's line in the table."""
-    address = "{user}@{host}:{port}".format(**entry["ssh"])
+    address = "{user}@{host}:{port}".format(**entry["ssh"]) if entry["ssh"] else "-"
     answers = {True: "yes", False: "no", None: "?"}[entry["reachable"]]
     words = [entry["name"], entry["state"], address, entry["gpu"] or "-", answers, entry["last_seen"] or "-"]
     return [*words, " ".join(entry["runs"]) or "-"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jobs import locks
 from orchestrator import advance, clock, delivery, follow, machines, planning
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
@@ -224,6 +226,17 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
                     machines.note(machine.name, False)
                     raise
     return True
+
+
+def machine_is_gone(run: Run) -> None:
+    """Take over that a machine of the run is no more, unless another process follows the run: that one will."""
+    lock = locks.take(run.home.lock)
+    if lock is not None:
+        try:
+            run.reload()
+            advance.machine_is_gone(run)
+        finally:
+            os.close(lock)
 
 
 def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:

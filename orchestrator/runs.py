@@ -63,6 +63,12 @@ class Record:
     """Whether it waits for its GPUs, instead of failing when others have them."""
     environment: str | None = None
     """The environment the machine makes for it (`train`, `serve`); None: it needs none."""
+    legs: list[dict[str, Any]] = field(default_factory=list)
+    """Each stay on a machine: `machine`, `usd_per_hour`, and `since` and `until` in seconds since 1970 (None: now)."""
+    terminate: bool = False
+    """Whether its machine is given back once all that it made is home, after a failure too."""
+    keep_on_failure_minutes: float = 0.0
+    """How long its machine is kept after a failure, so that somebody can look."""
     code_changes: list[dict[str, str]] = field(default_factory=list)
     """Each time newer worker code was taken on purpose: when, from, to."""
 
@@ -89,6 +95,26 @@ class Run:
         for name, value in changes.items():
             setattr(self.record, name, value)
         durable.save_json(self.home.record, asdict(self.record))
+
+    def begin_leg(self, usd_per_hour: float) -> None:
+        """Note that it works on its machine from now on, at that price; again while it does changes nothing."""
+        legs = self.record.legs
+        if not legs or legs[-1]["until"] is not None or legs[-1]["machine"] != self.record.machine:
+            leg = {"machine": self.record.machine, "usd_per_hour": usd_per_hour, "since": clock.timestamp()}
+            self.record.legs = [*legs, {**leg, "until": None}]
+
+    def end_leg(self) -> None:
+        """Note that it works nowhere any more."""
+        if self.record.legs and self.record.legs[-1]["until"] is None:
+            self.record.legs[-1]["until"] = clock.timestamp()
+
+    def cost_usd(self) -> float:
+        """What its stays on rented machines cost, in USD: the machine's whole price for as long as it was there."""
+        now = clock.timestamp()
+        hours = [
+            (max((leg["until"] or now) - leg["since"], 0.0) / 3600, leg["usd_per_hour"]) for leg in self.record.legs
+        ]
+        return float(sum(long * price for long, price in hours))
 
     def reload(self) -> None:
         """Read the record again: another process of ours may be the one that follows the run."""

@@ -12,6 +12,15 @@ from orchestrator import errors
 
 _COMMANDS = {
     "jobs": ("jobs", "The catalogue of jobs, and what each takes"),
+    "offers": ("cloud", "What can be rented, cheapest first"),
+    "launch": ("cloud", "Rent a machine and wait until it is ready"),
+    "wait": ("cloud", "Go on with a launch until the machine is ready"),
+    "terminate": ("cloud", "Give machines back, once all rows are home"),
+    "cost": ("money", "What machines and runs have cost"),
+    "audit": ("money", "What may cost money without anybody meaning it"),
+    "guard": ("money", "Who ends a machine while this laptop is closed"),
+    "advance": ("money", "One step of everything, for cron"),
+    "clean": ("money", "Remove what machines that are gone have left"),
     "add": ("machines", "Add a machine you already have"),
     "status": ("machines", "Every machine, and the runs on it"),
     "sync": ("project", "Send the project to a machine"),
@@ -31,7 +40,7 @@ _COMMANDS = {
     "doctor": ("house", "Check keys, tools, disk and machines; say how to mend them"),
 }
 """Each command with the module of this package it lives in, and its line in the help."""
-_VARIABLES = {"sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
+_VARIABLES = {"offers": "offers_", "sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
 """Commands that Python cannot have a variable of the same name for, or that a module has another one for."""
 
 
@@ -99,6 +108,8 @@ def main() -> NoReturn:
     except Exception as error:  # noqa: BLE001 -- the outermost frame: a bug of ours becomes words, not a traceback
         _say(f"A bug in gpu: {type(error).__name__}: {error}. Runs on machines are not affected.", _bug_hint(error))
         code = errors.BUG
+    if code == errors.INTERRUPTED:
+        _leave_at_once(code)
     sys.exit(code)
 
 
@@ -119,6 +130,21 @@ def _bug_hint(error: BaseException) -> str:
         return "".join(traceback.format_exception(error))
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"It happened in {frame.name}, line {frame.lineno} of {frame.filename}. GPU_DEBUG=1 shows all of it."
+
+
+def _leave_at_once(code: int) -> None:
+    """End after Ctrl-C with this code, waiting for no thread.
+
+    An import that was interrupted inside a library's C code makes Python end as if killed by SIGINT, whatever code it
+    is given (CPython's `unhandled_keyboard_interrupt`).
+    """
+    import contextlib
+    import os
+
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _forget_stdout() -> None:

@@ -75,19 +75,19 @@ def status(name: str | None, refresh: bool, as_json: bool) -> None:
     \b
     Example:  gpu status --refresh
     """
-    found = [machines.load(name)] if name else machines.known()
     if refresh:
-        for record in found:
-            inventory.ask(record)
-    documents = [inventory.document(record, inventory.runs_on(record.name)) for record in found]
+        inventory.refresh(name)
+    documents = inventory.documents(name)
     if as_json:
         output.document(documents)
         return
     if not documents:
-        click.echo("No machines but this computer. Add one: gpu add NAME USER@HOST")
+        click.echo("No machines but this computer. Add one: gpu add NAME USER@HOST, or rent one: gpu launch")
         return
     titles = ["MACHINE", "STATE", "ADDRESS", "GPU", "ANSWERS", "LAST SEEN", "RUNS"]
     output.columns(titles, [inventory.line(entry) for entry in documents])
+    for words in inventory.warnings():
+        click.echo(words, err=True)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -55,6 +55,16 @@ def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.ope
     return cloud.make(key.value)
 
 
+def names() -> list[str]:
+    """Every cloud that machines can be rented from."""
+    return list(PROVIDERS)
+
+
+def open_if_any(name: str) -> Provider | None:
+    """A cloud, if an account key for it is found on this computer. ConfigError for one that cannot be a key."""
+    return open(name) if keys.find(name) is not None else None
+
+
 def _warn_of_readers(key: keys.Key) -> None:
     """Say on stderr, once, that other users of this computer can read the file a key stands in."""
     where = str(key.path)

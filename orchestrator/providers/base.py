@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import ClassVar, Literal, Protocol
 
 MARKER_TAG = "gpu-marker"
@@ -94,6 +95,11 @@ def new_marker(at: str) -> str:
     """A name that no other request bears: when it is made (ISO 8601, UTC), and 48 random bits."""
     day, time = at[:10].replace("-", ""), at[11:19].replace(":", "")
     return f"gpu-{day}t{time}-{secrets.token_hex(6)}"
+
+
+def marked_at(marker: str) -> float:
+    """When a marker was made, which stands in it; seconds since 1970."""
+    return datetime.strptime(marker[4:19], "%Y%m%dt%H%M%S").replace(tzinfo=UTC).timestamp()
 
 
 def marker_of(name: str | None, tags: dict[str, str]) -> str | None:

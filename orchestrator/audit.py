@@ -1,0 +1,196 @@
+"""What may cost money without anybody meaning it: requests without an answer, machines forgotten or past their caps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from orchestrator import clock, guarding, machines, rentals, returning
+from orchestrator.errors import GpuError, UsageError
+from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
+from orchestrator.rentals import ENDED, Caps, Rental, Terms
+
+_NOTHING_AFTER_S = 600.0
+"""A request whose instance is in no list after so long made none."""
+Say = Callable[[str], None]
+
+
+@dataclass
+class Findings:
+    """What one account has, compared with what is remembered here."""
+
+    unresolved: list[Rental] = field(default_factory=list)
+    orphans: list[Instance] = field(default_factory=list)
+    past_cap: list[Rental | Instance] = field(default_factory=list)
+
+    def add(self, other: Findings) -> None:
+        """Take over what another account has."""
+        self.unresolved += other.unresolved
+        self.orphans += other.orphans
+        self.past_cap += other.past_cap
+
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.unresolved) + len(self.orphans) + len(self.past_cap)
+
+    def __bool__(self) -> bool:
+        return self.count() > 0
+
+    def document(self) -> dict[str, Any]:
+        """As `gpu audit --json` gives it."""
+        return {
+            "unresolved": [_of_rental(rental) for rental in self.unresolved],
+            "orphans": [_of_instance(instance) for instance in self.orphans],
+            "past_cap": [
+                _of_rental(entry) if isinstance(entry, Rental) else _of_instance(entry) for entry in self.past_cap
+            ],
+        }
+
+
+def _of_rental(rental: Rental) -> dict[str, Any]:
+    record = rental.record
+    return {
+        "name": record.name,
+        "provider": record.provider,
+        "marker": record.marker,
+        "instance_id": record.instance_id,
+        "state": record.state,
+        "price_usd_per_hour": rental.price_usd_per_hour,
+        "deadline": guarding.moment(record.deadline),
+    }
+
+
+def _of_instance(instance: Instance) -> dict[str, Any]:
+    return {
+        "name": instance.tags.get("gpu-name"),
+        "provider": None,
+        "marker": instance.marker,
+        "instance_id": instance.instance_id,
+        "state": instance.raw_state,
+        "price_usd_per_hour": instance.price_usd_per_hour,
+        "deadline": guarding.moment(_deadline(instance)),
+    }
+
+
+def _deadline(instance: Instance) -> float | None:
+    """Of an instance's tags: seconds since 1970; None: none, or none that can be read."""
+    told = instance.tags.get("gpu-deadline", "")
+    return float(told) if told.isdigit() else None
+
+
+def look(provider: Provider, *, past_cap_only: bool = False) -> Findings:
+    """Compare what the account has with what is remembered here; changes nothing."""
+    listed = [entry for entry in provider.instances() if entry.marker and entry.state not in ("gone", "stopping")]
+    mine = {rental.record.marker: rental for rental in rentals.known() if rental.record.provider == provider.name}
+    found = Findings()
+    for rental in mine.values():
+        if rental.record.state == "launching" and not _is_launched_now(rental):
+            found.unresolved.append(rental)
+        elif guarding.is_past(rental):
+            found.past_cap.append(rental)
+    now = clock.timestamp()
+    for entry in listed:
+        known = mine.get(entry.marker or "")
+        if known is not None and known.record.state not in ENDED:
+            continue
+        deadline = _deadline(entry)
+        (found.past_cap if deadline is not None and now >= deadline else found.orphans).append(entry)
+    return Findings(past_cap=found.past_cap) if past_cap_only else found
+
+
+def _is_launched_now(rental: Rental) -> bool:
+    """Whether a command of ours is at it just now."""
+    from jobs import locks
+
+    return locks.is_held(rental.folder / "rental.lock")
+
+
+def fix(provider: Provider, found: Findings, say: Say) -> list[GpuError]:
+    """End what was found; returns what went wrong. What bears no marker of ours is never touched."""
+    errors: list[GpuError] = []
+    late: list[tuple[Rental | Instance, bool]] = [(entry, True) for entry in found.past_cap]
+    forgotten: list[Rental | Instance] = [*found.unresolved, *found.orphans]
+    for entry, is_late in (*late, *((entry, False) for entry in forgotten)):
+        with _kept(errors):
+            _end(provider, entry, say, discard=is_late)
+    return errors
+
+
+@contextlib.contextmanager
+def _kept(errors: list[GpuError]) -> Any:
+    try:
+        yield
+    except GpuError as error:
+        errors.append(error)
+
+
+def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: bool) -> None:
+    rental = entry if isinstance(entry, Rental) else rebuild(provider, entry)
+    with rental.locked():
+        if rental.record.state == "launching" and _made_nothing(provider, rental):
+            rental.save(state="refused", failure="nothing came of the request")
+            return
+        if discard:
+            returning.at_deadline(rental, provider, say)
+        else:
+            returning.end(rental, provider, say)
+
+
+def _made_nothing(provider: Provider, rental: Rental) -> bool:
+    """Whether a request without an answer surely made nothing: it is old, and two lists are without its marker."""
+    if clock.timestamp() < (rental.record.asked_at or 0.0) + _NOTHING_AFTER_S:
+        return False
+    for look_again in (True, False):
+        if any(entry.marker == rental.record.marker for entry in provider.instances()):
+            return False
+        if look_again:
+            clock.sleep(5.0)
+    return True
+
+
+def rebuild(provider: Provider, instance: Instance) -> Rental:
+    """The record of an instance of ours that nobody here remembers, from its marker and tags alone."""
+    marker = instance.marker
+    if marker is None:
+        raise UsageError(f"{instance.instance_id} bears no marker of ours. It is not touched.")
+    name = _free_name(instance.tags.get("gpu-name", ""), marker)
+    terms = Terms(Need(), Caps(None, None, None), instance.tags.get("gpu-guard", "laptop"))
+    rental = rentals.create(name, provider.name, terms)
+    rental.save(
+        state="launching",
+        marker=marker,
+        offer=asdict(_offer(provider, instance)),
+        asked_at=marked_at(marker),
+        deadline=_deadline(instance),
+        key_name=next((key for key in instance.key_names if key.startswith("gpu-2")), ""),
+    )
+    rental.exists(instance.instance_id)
+    rental.save(raw_state=instance.raw_state, user=instance.user, host=instance.host, port=instance.port)
+    return rental
+
+
+def _free_name(name: str, marker: str) -> str:
+    """What it was called, if that can be a name and is free here; else its marker."""
+    with contextlib.suppress(UsageError):
+        machines.check_name(name)
+        if not machines.folder(name).exists():
+            return name
+    return marker
+
+
+def _offer(provider: Provider, instance: Instance) -> Offer:
+    return Offer(
+        provider=provider.name,
+        offer_id=f"{instance.type_name}@{instance.region}",
+        type_name=instance.type_name,
+        gpu=None,
+        count=0,
+        vram_gb=None,
+        vcpus=None,
+        ram_gb=None,
+        disk_gb=None,
+        region=instance.region,
+        price_usd_per_hour=instance.price_usd_per_hour or 0.0,
+    )

@@ -1,0 +1,157 @@
+"""`gpu cost`, `audit`, `guard`, `advance` and `clean`: what machines cost, and that none does unnoticed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from orchestrator import audit as audits
+from orchestrator import cleaning, enforcing, errors, guarding, renting
+from orchestrator.cli import output
+from orchestrator.cli.cloud import agree
+from orchestrator.plain import plain
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def cost(as_json: bool) -> None:
+    """What every machine and run has cost, estimated so that it rounds up.
+
+    \b
+    Example:  gpu cost
+    """
+    found = renting.costs()
+    if as_json:
+        output.document(found)
+        return
+    output.columns(
+        ["MACHINE", "PROVIDER", "HOURS", "USD", "STILL COSTS"], [_machine(entry) for entry in found["machines"]]
+    )
+    output.columns(
+        ["RUN", "USD", "ROWS", "USD PER 1,000 ROWS"], [_run(entry) for entry in found["runs"] if entry["usd"]]
+    )
+    click.echo(f"Total: {found['total_usd']:.2f} USD, an estimate that rounds up")
+
+
+def _machine(entry: dict[str, Any]) -> list[str]:
+    still = "yes" if entry["open"] else "no"
+    return [entry["name"], entry["provider"], f"{entry['hours']:.2f}", f"{entry['usd']:.2f}", still]
+
+
+def _run(entry: dict[str, Any]) -> list[str]:
+    return [entry["run_id"], f"{entry['usd']:.2f}", str(entry["rows"]), output.number(entry["usd_per_1000_rows"])]
+
+
+@click.command()
+@click.option("--fix", is_flag=True, help="End what was found.")
+@click.option("--past-cap", is_flag=True, help="Only machines past their deadline: for cron and scheduled CI.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def audit(fix: bool, past_cap: bool, **how: Any) -> None:
+    """What may cost money without anybody meaning it: requests without an answer, forgotten machines, past caps.
+
+    \b
+    Example:  gpu audit
+              gpu audit --fix
+              gpu audit --fix --past-cap -y
+    """
+    say = output.progress(how["quiet"])
+    found = audits.Findings()
+    failures: list[errors.GpuError] = []
+    for account in renting.accounts(None):
+        mine = audits.look(account, past_cap_only=past_cap)
+        if fix and mine:
+            agree(f"End {mine.count()} of them?", how["yes"])
+            failures += audits.fix(account, mine, say)
+            mine = audits.look(account, past_cap_only=past_cap)
+        found.add(mine)
+    _show(found, how["as_json"])
+    for failure in failures:
+        click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
+    if found or failures:
+        raise click.exceptions.Exit(errors.MayCost.exit_code)
+
+
+def _show(found: audits.Findings, as_json: bool) -> None:
+    if as_json:
+        output.document(found.document())
+        return
+    for what, entries in found.document().items():
+        for entry in entries:
+            price = entry["price_usd_per_hour"]
+            cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+            words = (
+                f"{what.replace('_', ' ')}: {entry['name'] or '?'} {entry['marker']} {entry['instance_id']} at {cost}"
+            )
+            click.echo(plain(words))
+    if not found:
+        click.echo("Nothing costs money that is not remembered here, or that is past its caps.")
+
+
+@click.group()
+def guard() -> None:
+    """Who ends a machine while this laptop is closed.
+
+    \b
+    Example:  gpu guard setup
+    """
+
+
+@guard.command()
+@click.option("--how", type=click.Choice(list(guarding.HOW)), help="Which guard; else you are asked.")
+def setup(how: str | None) -> None:
+    """Choose who ends machines launched from now on, and write what that guard needs.
+
+    \b
+    Example:  gpu guard setup --how reaper
+    """
+    for name, words in guarding.HOW.items():
+        click.echo(f"{name}: {words}", err=True)
+    if how is None:
+        agree_choice = click.prompt(
+            "Which one", type=click.Choice(list(guarding.HOW)), default=guarding.chosen(), err=True
+        )
+        how = str(agree_choice)
+    guarding.choose(how)
+    click.echo(f"Machines launched from now on are guarded by: {how}")
+    if how == "reaper":
+        for path in guarding.write_reaper():
+            click.echo(f"Written: {path}")
+        click.echo("Add the line of the first to your crontab (crontab -e), or the second to a repository of yours.")
+
+
+@click.command()
+@click.option("--all", "everything", is_flag=True, required=True, help="Every machine and run.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def advance(everything: bool, quiet: bool) -> None:
+    """One step of everything: caps enforced, rows brought home, runs looked at. For cron; asks nothing.
+
+    \b
+    Example:  gpu advance --all
+    """
+    failures = enforcing.step(output.progress(quiet)) if everything else []
+    for failure in failures:
+        click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
+    if failures:
+        raise click.exceptions.Exit(max(failure.exit_code for failure in failures))
+
+
+@click.command()
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def clean(yes: bool) -> None:
+    """Remove the folders of machines that are gone, old caches, and public keys of ours left in your accounts.
+
+    \b
+    Example:  gpu clean
+    """
+    found = cleaning.look()
+    for words in found.words():
+        click.echo(words)
+    if not found:
+        click.echo("There is nothing to clean.")
+        return
+    agree("Remove that?", yes)
+    cleaning.remove(found)
+    click.echo("Removed.")

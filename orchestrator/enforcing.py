@@ -1,0 +1,52 @@
+"""The caps of rented machines as any command here enforces them: past its deadline, or idle with all rows home."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator import guarding, idleness, journey, outcome, providers, rentals, returning, runs
+from orchestrator.errors import GpuError
+
+Say = Callable[[str], None]
+
+
+def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
+    """Give back every machine whose time is over, and, thoroughly, every one that is idle with all of its rows home.
+
+    Returns what went wrong; one machine in trouble does not keep the others from being ended.
+    """
+    errors = []
+    for rental in rentals.known():
+        try:
+            if guarding.is_past(rental):
+                say(f"{rental.name} is past its deadline of {guarding.moment(rental.record.deadline)}")
+                with rental.locked():
+                    returning.at_deadline(rental, providers.open(rental.record.provider), say)
+            elif thoroughly and rental.record.state == "ready" and (why := idleness.too_long(rental)):
+                say(f"{rental.name} is idle: {why}")
+                with rental.locked():
+                    returning.give_back(rental, providers.open(rental.record.provider), say)
+        except GpuError as error:
+            errors.append(error)
+    return errors
+
+
+def step(say: Say) -> list[GpuError]:
+    """One step of everything, for cron: caps enforced, unanswered requests looked for, rows of runs brought home."""
+    errors = enforce(say, thoroughly=True)
+    for rental in rentals.known():
+        try:
+            if rental.record.state == "launching":
+                with rental.locked():
+                    if rental.record.state == "launching":
+                        outcome.take_over(rental, providers.open(rental.record.provider))
+        except GpuError as error:
+            errors.append(error)
+    for run in runs.remembered():
+        try:
+            if run.record.state not in runs.ENDED or not all(entry["settled"] for entry in run.record.former):
+                journey.refresh(run)
+                say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+        except GpuError as error:
+            errors.append(error)
+    return errors

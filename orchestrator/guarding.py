@@ -1,0 +1,96 @@
+"""Who ends a machine whose time is over: the guards there are, the one that was chosen, and what is armed, in words."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jobs import durable
+from orchestrator import clock, config, keys, money
+from orchestrator.errors import ConfigError
+from orchestrator.rentals import ENDED, Rental
+
+HOW = {
+    "laptop": "only commands typed here end it: with this laptop closed or offline NOBODY does",
+    "reaper": "`gpu audit --fix --past-cap -y`, run by cron or scheduled CI, ends it: that needs the account key there",
+    "on-machine": "a guard on the machine ends it: the account key lies there, and every process there can read it",
+}
+"""The three guards that a cloud without scoped keys leaves, and what each means."""
+
+_WORKFLOW = """\
+# .github/workflows/gpu-reaper.yml of a repository of yours that holds gpu, with the secret LAMBDA_API_KEY
+name: gpu-reaper
+on:
+  schedule:
+    - cron: "*/10 * * * *"
+  workflow_dispatch:
+jobs:
+  reap:
+    runs-on: ubuntu-latest
+    timeout-minutes: 20
+    env:
+      LAMBDA_API_KEY: ${{ secrets.LAMBDA_API_KEY }}
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: "3.12"
+      - run: pip install .
+      - run: gpu audit --fix --past-cap -y
+"""
+
+
+def chosen() -> str:
+    """The guard the user chose; `laptop` while none was. Raises ConfigError for a word that means none."""
+    how = money.settings().get("guard", "laptop")
+    if how not in HOW:
+        raise ConfigError(f"`guard` in {keys.user_config()} is {how!r}.", f"It may be: {', '.join(HOW)}.")
+    return str(how)
+
+
+def choose(how: str) -> None:
+    """Have all machines launched from now on guarded so."""
+    durable.save_json(keys.user_config(), {**money.settings(), "guard": how})
+
+
+def document(rental: Rental) -> dict[str, Any]:
+    """What is armed for a machine, as `gpu status --json` gives it."""
+    record = rental.record
+    armed = record.state not in ENDED and record.deadline is not None
+    return {"armed": armed, "deadline": moment(record.deadline), "how": record.guard if armed else None}
+
+
+def in_words(rental: Rental) -> str:
+    """What is armed for a machine, in one line."""
+    record = rental.record
+    if record.deadline is None:
+        return "no deadline: nobody ends it but you"
+    return f"to be given back at {moment(record.deadline)}; {HOW.get(record.guard, record.guard)}"
+
+
+def moment(seconds: float | None) -> str | None:
+    """A time as every document has it: UTC, ISO 8601, whole seconds."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def is_past(rental: Rental) -> bool:
+    """Whether its hard deadline is over."""
+    deadline = rental.record.deadline
+    return rental.may_cost and deadline is not None and clock.timestamp() >= deadline
+
+
+def write_reaper() -> list[Path]:
+    """Write a crontab line and a file for scheduled CI that end what is past its caps; returns where they are."""
+    folder = config.state_folder() / "guard"
+    durable.have_folder(folder)
+    program = shutil.which("gpu") or sys.argv[0]
+    line = f"*/10 * * * * {shlex.quote(program)} audit --fix --past-cap -y >> {shlex.quote(str(folder / 'log'))} 2>&1\n"
+    durable.replace_whole(folder / "crontab", line.encode())
+    durable.replace_whole(folder / "gpu-reaper.yml", _WORKFLOW.encode())
+    return [folder / "crontab", folder / "gpu-reaper.yml"]

@@ -1,0 +1,170 @@
+"""The story of renting a machine: intent on the disk, one paid request, its outcome found out, then up to ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from orchestrator import clock, enrolment, first_boot, money, offers, outcome, readiness, returning
+from orchestrator.errors import (
+    AuthRejected,
+    LaunchFailed,
+    LaunchUnknown,
+    NoCapacity,
+    ProviderDown,
+    RateLimited,
+    Refused,
+)
+from orchestrator.providers import base
+from orchestrator.providers.base import MARKER_TAG, Offer, Order, Provider
+from orchestrator.rentals import ENDED, Rental
+
+_BAD_MACHINES_MAX = 4
+_REQUESTS_MAX = 40
+_CAPACITY_EVERY_S = 30.0
+_CAPACITY_LOOKS_MAX = 20_000
+_LIMITED_S = 15.0
+_LIMIT = "rate limit"
+"""Stands for an offer among what was tried: no offer is excluded by it, but it counts."""
+BAD = "bad: "
+"""How the reason begins for which an offer is not tried again, ever, for this machine."""
+Say = Callable[[str], None]
+
+
+def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
+    """Go on with a machine until it is ready, from wherever it stands. **Spends money**, once for each request.
+
+    Raises NoCapacity, Refused, AuthRejected, ProviderDown (nothing is rented), LaunchFailed (it was given back),
+    LaunchUnknown and NotReturned (something may cost money; the record says what). Dying anywhere in it leaves a
+    record that `launch` goes on with, or `gpu audit --fix` gives back.
+    """
+    while rental.record.state not in ("ready", *ENDED):
+        advance(rental, provider, say, wait_capacity=wait_capacity)
+
+
+def advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
+    """Do the one next step. Dying anywhere in it is mended by doing it again."""
+    if rental.record.state == "planned":
+        ask(rental, provider, _next(rental, provider, say, wait_capacity=wait_capacity), say)
+    elif rental.record.state == "launching":
+        outcome.settle(rental, provider, say)
+    elif rental.record.state == "booting":
+        climb(rental, provider, say)
+    elif rental.record.state == "stopping":
+        returning.end(rental, provider, say)
+
+
+def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) -> Offer:
+    """The cheapest offer that was not tried in vain. Raises NoCapacity when there is none (left)."""
+    if len(rental.record.tried) >= _REQUESTS_MAX:
+        raise _given_up(rental, NoCapacity(f"{_REQUESTS_MAX} requests came to nothing. Nothing is rented."))
+    for look in range(_CAPACITY_LOOKS_MAX if wait_capacity else 1):
+        try:
+            found = offers.suitable(provider.offers(rental.need()), rental.need())
+            left = [offer for offer in found if not _was_tried(rental, offer)]
+            if left:
+                money.check(left[0], rental.caps(), provider.boot_minutes[left[0].count > 1])
+                return left[0]
+            why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
+        except NoCapacity as error:
+            why = error
+        if wait_capacity:
+            say(f"no capacity yet ({look + 1}); looking again in {_CAPACITY_EVERY_S:.0f} s. Ctrl-C ends it")
+            rental.save(tried=[entry for entry in rental.record.tried if entry["why"].startswith(BAD)])
+            clock.sleep(_CAPACITY_EVERY_S)
+    raise _given_up(rental, why)
+
+
+def _was_tried(rental: Rental, offer: Offer) -> bool:
+    return any(entry["offer"] == offer.offer_id for entry in rental.record.tried)
+
+
+def _tried(rental: Rental) -> str:
+    return "; ".join(f"{entry['offer']}: {entry['why']}" for entry in rental.record.tried)
+
+
+def _given_up(rental: Rental, error: NoCapacity) -> NoCapacity:
+    """Record that nothing came of it."""
+    _refused(rental, error.message)
+    return error
+
+
+def _refused(rental: Rental, why: str) -> None:
+    rental.save(state="refused", failure=why)
+
+
+def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
+    """Send one paid request, its intent on the disk before; take over its outcome if known. **Spends money.**"""
+    if not (rental.folder / "host_key.pub").exists():
+        enrolment.make_key(rental.folder, rental.name)
+        enrolment.make_key(rental.folder, rental.name, "host_key")
+    marker = base.new_marker(clock.now())
+    key_name = rental.record.key_name or marker
+    rental.save(key_name=key_name)
+    key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
+    asked_at = clock.timestamp()
+    hours = rental.caps().hours(offer.price_usd_per_hour)
+    deadline = asked_at + hours * 3600 if hours is not None else None
+    rental.save(key_name=key_name, deadline=deadline)
+    order = _order(rental, marker)
+    say(f"asking for {offers.in_words(offer)}")
+    rental.save(
+        state="launching",
+        marker=marker,
+        offer=asdict(offer),
+        asked_at=asked_at,
+        instance_id=None,
+        host=None,
+        raw_state=None,
+    )
+    try:
+        rental.exists(provider.launch(offer, order))
+    except NoCapacity as error:
+        say(f"  {offer.offer_id}: {error.message}")
+        _came_to_nothing(rental, "no capacity")
+    except RateLimited:  # a limit hit around a launch has left machines behind: it is looked for, once
+        clock.sleep(_LIMITED_S)
+        if not outcome.take_over(rental, provider):
+            tried = [*rental.record.tried, {"offer": _LIMIT, "why": "asked too often"}]
+            rental.save(state="planned", tried=tried)
+    except (Refused, AuthRejected, ProviderDown) as error:
+        _refused(rental, error.message)
+        raise
+    except LaunchUnknown as error:
+        say(f"  {error.message} Looking for it by its marker; it is never asked for again.")
+
+
+def _order(rental: Rental, marker: str) -> Order:
+    record = rental.record
+    tags = {MARKER_TAG: marker, "gpu-name": record.name, "gpu-idle-minutes": _tag(rental.caps().idle_minutes)}
+    tags |= {"gpu-deadline": _tag(record.deadline), "gpu-guard": record.guard}
+    return Order(marker, record.key_name, _first_boot(rental), tags)
+
+
+def _first_boot(rental: Rental) -> str:
+    private, public = (rental.folder / name for name in ("host_key", "host_key.pub"))
+    return first_boot.text(private.read_text(encoding="ascii"), public.read_text(encoding="ascii"))
+
+
+def _tag(value: float | None) -> str:
+    """A limit as a tag: whole seconds or minutes, rounded down; `none` for no limit."""
+    return "none" if value is None else str(int(value))
+
+
+def _came_to_nothing(rental: Rental, why: str) -> None:
+    rental.save(state="planned", tried=[*rental.record.tried, {"offer": rental.record.offer["offer_id"], "why": why}])
+
+
+def climb(rental: Rental, provider: Provider, say: Say) -> None:
+    """Up to ready; a machine that is not worth keeping is given back, its offer excluded, and another one tried."""
+    try:
+        readiness.climb(rental, provider, say)
+    except LaunchFailed as error:
+        say(f"  {error.message} It is given back.")
+        returning.end(rental, provider, say)
+        bad = sum(entry["why"].startswith(BAD) for entry in rental.record.tried) + 1
+        offer = rental.record.offer["offer_id"]
+        tried = [*rental.record.tried, {"offer": offer, "why": BAD + error.message}]
+        rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
+        if bad >= _BAD_MACHINES_MAX:
+            raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None

@@ -1,0 +1,97 @@
+"""What may be spent: the limits of the config file, checked before each launch, and what a machine costs at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import durable
+from orchestrator import clock, keys, ledger
+from orchestrator.errors import ConfigError, UsageError
+from orchestrator.providers.base import Offer
+from orchestrator.rentals import Caps
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the config file allows, under `limits`; None: no limit."""
+
+    usd_per_hour: float | None = None
+    """Of one machine."""
+    usd_per_machine: float | None = None
+    """Over its whole life."""
+    usd_per_month: float | None = None
+    """Of all machines together, in a calendar month (UTC)."""
+
+
+def limits() -> Limits:
+    """The limits of the config file. Raises ConfigError for what cannot be one: no limit is passed over in silence."""
+    given = settings().get("limits", {})
+    known = Limits.__dataclass_fields__
+    if not isinstance(given, dict) or not set(given) <= set(known):
+        raise ConfigError(
+            f"`limits` in {keys.user_config()} must be among {', '.join(known)}. Nothing was rented.", "Mend the file."
+        )
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            raise ConfigError(f"`limits.{name}` in {keys.user_config()} is not a number of USD. Nothing was rented.")
+    return Limits(**given)
+
+
+def settings() -> dict[str, Any]:
+    """The user config file; empty when there is none. ConfigError when it is damaged."""
+    try:
+        found = durable.load_json(keys.user_config())
+    except ValueError:
+        found = []
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{keys.user_config()} is damaged: it is no JSON object.", "Mend or remove the file.")
+    return found
+
+
+def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
+    """Raise unless a machine of that offer may be rented with those caps. Nobody is asked."""
+    price = offer.price_usd_per_hour
+    if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
+        raise UsageError(
+            f"A budget of {caps.budget_usd:.2f} USD buys {caps.budget_usd / price * 60:.0f} minutes of "
+            f"{offer.type_name} at {price:.2f} USD/h, and it usually takes {boot_minutes:.0f} to boot. "
+            "Nothing was rented.",
+            "Raise --budget, or choose a cheaper machine: gpu offers",
+        )
+    bounds = limits()
+    _check_limit("usd_per_hour", bounds.usd_per_hour, price, f"{offer.type_name} costs {price:.2f} USD/h")
+    most = at_most(price, caps)
+    words = "could cost without end" if most is None else f"could cost up to {most:.2f} USD by its caps"
+    _check_limit("usd_per_machine", bounds.usd_per_machine, most, f"{offer.type_name} {words}")
+    spent = this_month()
+    total = None if most is None else spent + most
+    words = f"{spent:.2f} USD are spent this month, and {offer.type_name} {words}"
+    _check_limit("usd_per_month", bounds.usd_per_month, total, words)
+
+
+def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:
+    if limit is not None and (value is None or value > limit):
+        raise ConfigError(
+            f"{words}; `limits.{name}` allows {limit:.2f} USD. Nothing was rented.",
+            f"Lower --budget or --max-hours, or raise the limit in {keys.user_config()}",
+        )
+
+
+def at_most(price_usd_per_hour: float, caps: Caps) -> float | None:
+    """What a machine can cost until its deadline, in USD; None: it has none."""
+    hours = caps.hours(price_usd_per_hour)
+    return None if hours is None else ledger.usd(hours, price_usd_per_hour)
+
+
+def this_month() -> float:
+    """What machines rented from here have cost in this calendar month (UTC), in USD; an estimate that rounds up."""
+    now = clock.timestamp()
+    start = clock.parse(clock.now()[:8] + "01T00:00:00Z").timestamp()
+    total = 0.0
+    for lease in ledger.leases():
+        begun, ended = max(lease.opened_at, start), min(lease.closed_at or now, now)
+        total += ledger.usd(max(ended - begun, 0.0) / 3600, lease.price_usd_per_hour)
+    return total

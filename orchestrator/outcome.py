@@ -1,0 +1,55 @@
+"""What became of a paid request that got no answer: looked for by its marker, never asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from orchestrator import clock
+from orchestrator.errors import LaunchUnknown
+from orchestrator.providers.base import Provider
+from orchestrator.rentals import Rental
+
+SETTLED_S = 180.0
+"""After so long, an instance that a request made stands in its provider's list."""
+_LOOK_EVERY_S = 10.0
+Say = Callable[[str], None]
+
+
+def settle(rental: Rental, provider: Provider, say: Say) -> None:
+    """Find out what became of a request that got no answer; LaunchUnknown when the list stays without it."""
+    if rental.record.asked_at is None:
+        rental.save(state="planned")
+        return
+    until = rental.record.asked_at + SETTLED_S
+    while not take_over(rental, provider):
+        left = until - clock.timestamp()
+        if left <= 0:
+            raise unknown(rental, provider)
+        say(f"  not listed yet; looking for {left:.0f} s more")
+        clock.sleep(min(_LOOK_EVERY_S, left + 0.1))
+
+
+def unknown(rental: Rental, provider: Provider) -> LaunchUnknown:
+    """The error of a request whose outcome is not known."""
+    price = rental.price_usd_per_hour or 0.0
+    return LaunchUnknown(
+        f"The request {rental.record.marker} for {rental.in_words()} got no answer, and no instance with that marker "
+        f"is listed. One that comes up late would cost {price:.2f} USD/h. Look at {provider.dashboard}",
+        f"It is looked for by every command that follows. Later: gpu audit --fix, or gpu wait {rental.name}",
+    )
+
+
+def take_over(rental: Rental, provider: Provider) -> bool:
+    """Look for the marker of the newest request; the instance that bears it is this machine from now on.
+
+    Of several, which no single request should make, one is kept and the others are asked to end.
+    """
+    found = [entry for entry in provider.instances() if entry.marker == rental.record.marker]
+    live = [entry for entry in found if entry.state not in ("gone", "stopping")]
+    if not found:
+        return False
+    kept, *others = sorted(live or found, key=lambda entry: entry.instance_id)
+    for other in others if live else ():
+        provider.terminate(other.instance_id)
+    rental.exists(kept.instance_id)
+    return True

@@ -1,0 +1,256 @@
+"""From rented to ready, rung by rung, each with a deadline: a machine that is not what was paid for is not used."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs import durable
+from orchestrator import clock, enrolment, ssh, ssh_config
+from orchestrator.errors import GpuError, HostKeyChanged, LaunchFailed, LoginRefused, NotReachable
+from orchestrator.plain import plain
+from orchestrator.providers.base import Instance, Offer, Provider
+from orchestrator.rentals import Rental
+from orchestrator.ssh import SshMachine
+
+_POLL_S = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
+"""Between two looks, longer each time: providers ask for no more than one look in five to ten seconds."""
+_LISTED_S = 180.0
+_ACTIVE_S = (1500.0, 3000.0)
+"""For a machine with one GPU, and with more: those of eight take over twenty minutes."""
+_SSH_S = 600.0
+_KEY_PATIENCE_S = 90.0
+"""How long the image may take to put the host key in place that it was given."""
+_CALL_S = 30.0
+_GPU_S = 240.0
+_VRAM_SHARE = 0.9
+"""Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
+_GPUS = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+_CUDA = r"""
+import ctypes
+try:
+    cuda = ctypes.CDLL("libcuda.so.1")
+except OSError:
+    print("none")
+else:
+    print(cuda.cuInit(0))
+"""
+"""Asks the driver itself, without any package: 0 is well, 802 a fabric that is not up (CUDA driver API, CUresult)."""
+_DISK = r'df -Pk "$HOME" | tail -n 1 | tr -s " " | cut -d " " -f 4'
+_FREE_MIN_GB = 10.0
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Climb:
+    """One machine on its way up."""
+
+    rental: Rental
+    provider: Provider
+    say: Say
+    began: float = 0.0
+    last: str = ""
+    """What the machine said last, where that explains why a rung was not taken."""
+
+    def rung(self, words: str, usual: str, step: Callable[[], str]) -> None:
+        """Take one rung; its tick says what was found and how long it took."""
+        self.say(f"  … {words} (usually {usual})")
+        self.began, self.last = clock.monotonic(), ""
+        found = step()
+        self.say(f"  ✓ {words}{': ' if found else ''}{plain(found)} · {clock.monotonic() - self.began:.0f} s")
+
+    def until(self, look: Callable[[], str | None], limit_s: float, what: str) -> str:
+        """What `look` finds, asked again until it finds something; LaunchFailed when the time is over."""
+        tries = 0
+        while True:
+            found = look()
+            if found is not None:
+                return found
+            if clock.monotonic() > self.began + limit_s:
+                last = f" It said last: {plain(self.last)}" if self.last else ""
+                raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
+            clock.sleep(_POLL_S[min(tries, len(_POLL_S) - 1)])
+            tries += 1
+
+
+def climb(rental: Rental, provider: Provider, say: Say) -> None:
+    """Return once the machine is ready and one of the known ones. Raises LaunchFailed when it is not worth keeping.
+
+    May be begun anew at any time: a rung that was taken is taken again at once.
+    """
+    up = _Climb(rental, provider, say)
+    offer = rental.offer()
+    minutes = provider.boot_minutes[offer.count > 1]
+    up.rung("listed by the provider", "5 s", lambda: _listed(up))
+    up.rung("active, with an address", f"{minutes:.0f} min", lambda: _active(up, offer))
+    up.rung("lets us in over SSH", "30 s", lambda: _let_in(up))
+    up.rung("answers", "1 s", lambda: _answers(up))
+    up.rung("shows the GPU that was paid for", "2 s", lambda: _shows_gpus(up, offer))
+    up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))
+    up.rung("has disk space", "1 s", lambda: _has_space(up))
+    fingerprint = _fingerprint(rental.folder)
+    enrolment.admit(_asked(rental), rental.folder, fingerprint)
+    rental.save(state="ready", ready_at=clock.now())
+
+
+def _listed(up: _Climb) -> str:
+    def look() -> str | None:
+        return "" if _instance(up) else None
+
+    return up.until(look, _LISTED_S, "its provider does not list it")
+
+
+def _instance(up: _Climb) -> Instance | None:
+    assert up.rental.record.instance_id is not None
+    found = up.provider.get(up.rental.record.instance_id)
+    if found is not None and found.raw_state != up.rental.record.raw_state:
+        up.rental.save(raw_state=found.raw_state)
+    return found
+
+
+def _active(up: _Climb, offer: Offer) -> str:
+    def look() -> str | None:
+        found = _instance(up)
+        if found is None or found.state in ("gone", "stopping"):
+            raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
+        if found.state in ("unhealthy", "stopped"):
+            raise LaunchFailed(f"{up.rental.name} is {plain(found.raw_state)}, by its provider's own word.")
+        if found.state != "ready" or not found.host:
+            return None
+        up.rental.save(user=found.user, host=found.host, port=found.port)
+        return found.host
+
+    return up.until(look, _ACTIVE_S[offer.count > 1], "its provider does not call it active")
+
+
+def _asked(rental: Rental) -> enrolment.Asked:
+    record = rental.record
+    address = ssh_config.Address(record.user, record.host or "", record.port)
+    return enrolment.Asked(rental.name, address, python=record.python)
+
+
+def _let_in(up: _Climb) -> str:
+    """By the host key that the machine was given; if its image ignores that, what it shows is pinned, and said."""
+    rental = up.rental
+    _pin_given(rental)
+    enrolment.write_config(_asked(rental), rental.folder)
+    said = ""
+
+    def look() -> str | None:
+        nonlocal said
+        try:
+            _called(rental, ["true"])
+        except HostKeyChanged:
+            if clock.monotonic() > up.began + _KEY_PATIENCE_S and not said:
+                said = _pin_shown(rental)
+            return None
+        except (NotReachable, LoginRefused) as error:  # both are usual while it boots
+            up.last = error.message
+            return None
+        return said or "by the host key it was given"
+
+    return up.until(look, _SSH_S, "it does not let us in over SSH")
+
+
+def _called(rental: Rental, words: list[str]) -> str:
+    with SshMachine(rental.folder, Path("/"), "python3") as machine:
+        return machine.call(words, b"", _CALL_S).decode("utf-8", "replace")
+
+
+def _pin_given(rental: Rental) -> None:
+    """Pin the host key that the machine was given at launch."""
+    kind, blob = (rental.folder / "host_key.pub").read_text(encoding="ascii").split()[:2]
+    line = ssh_config.known_host_line(_asked(rental).address, kind, blob)
+    durable.replace_whole(rental.folder / "known_hosts", line.encode())
+
+
+def _pin_shown(rental: Rental) -> str:
+    """Pin the host key that the machine shows instead of the one it was given; returns words that say so."""
+    record = rental.record
+    key = ssh.host_key(record.host or "", record.port)
+    line = ssh_config.known_host_line(_asked(rental).address, key.get_name(), key.get_base64())
+    durable.replace_whole(rental.folder / "known_hosts", line.encode())
+    return f"its image ignores the host key it was given: first contact was NOT verified; pinned: {key.fingerprint}"
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the pinned host key."""
+    import hashlib
+
+    blob = base64.b64decode((folder / "known_hosts").read_text(encoding="ascii").split()[2])
+    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+
+
+def _answers(up: _Climb) -> str:
+    nonce = secrets.token_hex(16)
+
+    def look() -> str | None:
+        try:
+            return "" if _called(up.rental, ["echo", nonce]).strip() == nonce else None
+        except GpuError:
+            return None
+
+    return up.until(look, _CALL_S * 2, "it does not answer")
+
+
+def _shows_gpus(up: _Climb, offer: Offer) -> str:
+    if offer.count == 0:
+        return "none was paid for"
+
+    def look() -> str | None:
+        try:
+            told = _called(up.rental, _GPUS)
+        except GpuError as error:  # a driver may still be loading
+            up.last = error.message
+            return None
+        return _checked(up.rental, offer, told)
+
+    return up.until(look, _GPU_S, "nvidia-smi shows no GPU")
+
+
+def _checked(rental: Rental, offer: Offer, told: str) -> str | None:
+    """What GPUs there are, in words; None while there are none; LaunchFailed when they are not what was paid for."""
+    gpus = [line.rpartition(",") for line in told.splitlines() if "," in line]
+    if not gpus:
+        return None
+    names = ", ".join(plain(name.strip()) for name, _, _ in gpus)
+    if len(gpus) != offer.count:
+        raise LaunchFailed(f"{rental.name} shows {len(gpus)} GPUs ({names}); {offer.count} were paid for.")
+    wanted = (offer.gpu or "").split()[:1]
+    if any(wanted and wanted[0].lower() not in name.lower() for name, _, _ in gpus):
+        raise LaunchFailed(f"{rental.name} shows {names}; {offer.gpu} was paid for.")
+    memory = [float(size) for _, _, size in gpus if size.strip().replace(".", "", 1).isdigit()]
+    if offer.vram_gb and memory and min(memory) < offer.vram_gb * 1024 * _VRAM_SHARE:
+        raise LaunchFailed(
+            f"{rental.name} shows GPUs with {min(memory) / 1024:.0f} GB; {offer.vram_gb:.0f} GB were paid for."
+        )
+    return names
+
+
+def _initialises(up: _Climb, offer: Offer) -> str:
+    if offer.count == 0:
+        return "no GPU was paid for"
+
+    def look() -> str | None:
+        try:
+            said = _called(up.rental, ["python3", "-I", "-c", _CUDA]).strip()
+        except GpuError as error:
+            up.last = error.message
+            return None
+        if said == "none":
+            return "not asked: there is no libcuda to ask"
+        up.last = f"driver error {said}"
+        return "" if said == "0" else None
+
+    return up.until(look, _GPU_S, "CUDA does not initialise")
+
+
+def _has_space(up: _Climb) -> str:
+    free_kb = _called(up.rental, ["sh", "-c", _DISK]).strip()
+    free_gb = int(free_kb) / 1e6 if free_kb.isdigit() else None
+    if free_gb is not None and free_gb < _FREE_MIN_GB:
+        raise LaunchFailed(f"{up.rental.name} has only {free_gb:.1f} GB free.")
+    return "not known" if free_gb is None else f"{free_gb:.0f} GB free"

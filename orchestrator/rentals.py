@@ -1,0 +1,261 @@
+"""The laptop's records of rented machines: what was asked for and what came of it, on the disk before each act."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from jobs import durable, locks, spec
+from orchestrator import clock, ledger, machines
+from orchestrator.errors import ConfigError, UsageError
+from orchestrator.providers.base import Need, Offer
+
+ENDED = ("gone", "lost", "refused")
+"""States in which nothing of it costs money any more, as far as its provider says."""
+_LOCK_WAIT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Caps:
+    """What a rented machine may cost; None: no limit, which must have been typed."""
+
+    max_hours: float | None = 12.0
+    idle_minutes: float | None = 30.0
+    budget_usd: float | None = None
+
+    def hours(self, price_usd_per_hour: float) -> float | None:
+        """How long it may run at that price; None: for ever."""
+        bought = self.budget_usd / price_usd_per_hour if self.budget_usd is not None and price_usd_per_hour else None
+        return min((limit for limit in (self.max_hours, bought) if limit is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms a machine is rented."""
+
+    need: Need
+    caps: Caps
+    guard: str
+    """Who ends it when its time is over."""
+    python: str | None = None
+    """The interpreter asked for with --python."""
+
+
+@dataclass
+class Record:
+    """What rental.json says. `state`: planned, launching, booting, ready, stopping, or an ended one.
+
+    `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
+    """
+
+    name: str
+    provider: str
+    need: dict[str, Any]
+    caps: dict[str, Any]
+    made_at: str
+    state: str = "planned"
+    raw_state: str | None = None
+    marker: str = ""
+    """Of the newest paid request."""
+    offer: dict[str, Any] = field(default_factory=dict)
+    """What that request was for."""
+    asked_at: float | None = None
+    """When it was sent, in seconds since 1970."""
+    instance_id: str | None = None
+    user: str = ""
+    host: str | None = None
+    port: int = 22
+    launched_at: str | None = None
+    ready_at: str | None = None
+    gone_at: float | None = None
+    deadline: float | None = None
+    """When it is given back whatever happens, in seconds since 1970; None: never."""
+    guard: str = "laptop"
+    key_name: str = ""
+    """Of its public key in the account."""
+    tried: list[dict[str, str]] = field(default_factory=list)
+    """Offers that came to nothing: `offer`, and `why`."""
+    python: str | None = None
+    """The interpreter asked for with --python."""
+    failure: str = ""
+
+
+@dataclass
+class Rental:
+    """A rented machine: its folder here, and where it stands."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def name(self) -> str:
+        """What it is called here."""
+        return self.record.name
+
+    def save(self, **changes: Any) -> None:
+        """Change the record and put it on the disk, durably, before anything is done because of it."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
+        durable.save_json(_path(self.folder), asdict(self.record))
+
+    def reload(self) -> None:
+        """Read the record again: another process of ours may have gone on with it."""
+        self.record = _load_record(_path(self.folder))
+
+    @property
+    def price_usd_per_hour(self) -> float | None:
+        """Of the machine it is, or was asked to be."""
+        price = self.record.offer.get("price_usd_per_hour")
+        return float(price) if price is not None else None
+
+    @property
+    def may_cost(self) -> bool:
+        """Whether something of it may cost money now."""
+        return self.record.state in ("launching", "booting", "ready", "stopping")
+
+    def offer(self) -> Offer:
+        """What the newest request was for."""
+        return Offer(**self.record.offer)
+
+    def caps(self) -> Caps:
+        """Its limits."""
+        return Caps(**self.record.caps)
+
+    def need(self) -> Need:
+        """What was asked for."""
+        return Need(**self.record.need)
+
+    def exists(self, instance_id: str) -> None:
+        """Take over that the newest request has become an instance: its cost is in the ledger before it is believed."""
+        record = self.record
+        ledger.open_lease(
+            ledger.Lease(
+                record.marker,
+                record.name,
+                record.provider,
+                price_usd_per_hour=float(record.offer["price_usd_per_hour"]),
+                opened_at=float(record.asked_at or clock.timestamp()),
+                instance_id=instance_id,
+                what=self.in_words(),
+            )
+        )
+        self.save(state="booting", instance_id=instance_id, launched_at=clock.now())
+
+    def is_gone(self, state: str = "gone", why: str = "") -> None:
+        """Take over that the provider said, twice, that the instance is gone: it costs no more."""
+        now = clock.timestamp()
+        ledger.close_lease(self.record.marker, now)
+        self.save(state=state, gone_at=now, failure=why, raw_state=None)
+
+    def in_words(self) -> str:
+        """Kind and region."""
+        offer = self.record.offer
+        return f"{offer.get('type_name', '?')} in {offer.get('region') or '?'}"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the one process that launches or gives back this machine; the record is read anew inside."""
+        lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+        if lock is None:
+            raise ConfigError(
+                f"Another command launches or gives back {self.name} just now. Nothing was changed.",
+                f"Wait for it, or look where it stands: gpu status {self.name}",
+            )
+        try:
+            self.reload()
+            yield
+        finally:
+            os.close(lock)
+
+
+def _path(folder: Path) -> Path:
+    return folder / "rental.json"
+
+
+def _load_record(path: Path) -> Record:
+    document = durable.load_news(path)
+    known = {entry.name for entry in fields(Record)}
+    try:
+        record = Record(**{name: value for name, value in document.items() if name in known})
+        if record.offer:
+            Offer(**record.offer)
+        Caps(**record.caps)
+        Need(**record.need)
+    except TypeError:
+        raise ConfigError(
+            f"{path} is damaged: it is not the record of a rented machine, which may go on costing money.",
+            "See what your account has: gpu audit",
+        ) from None
+    return record
+
+
+def known() -> list[Rental]:
+    """Every machine that was rented from here and not cleaned away, by name."""
+    found = []
+    for path in sorted((machines.folder(machines.LOCAL).parent).glob("[!.]*/rental.json")):
+        try:
+            found.append(Rental(path.parent, _load_record(path)))
+        except ConfigError as error:  # one damaged record must not hide all others
+            print(f"Passed over: {error.message}", file=sys.stderr)  # noqa: T201
+    return found
+
+
+def find(name: str) -> Rental | None:
+    """The rented machine of that name; None when the name is of a box of one's own, or nothing."""
+    path = _path(machines.folder(name))
+    return Rental(path.parent, _load_record(path)) if path.is_file() else None
+
+
+def price_usd_per_hour(name: str) -> float:
+    """What the machine of that name costs; 0 for one that is not rented."""
+    rental = find(name)
+    return (rental.price_usd_per_hour or 0.0) if rental else 0.0
+
+
+def is_gone(name: str) -> bool:
+    """Whether a machine was rented and is no more, by its provider's own word."""
+    rental = find(name)
+    return rental is not None and rental.record.state in ENDED
+
+
+def choose(name: str | None) -> Rental:
+    """The rented machine that is meant: the one named, else the only one that may cost money. UsageError else."""
+    if name is not None:
+        found = find(name)
+        if found is None:
+            names = [rental.name for rental in known()]
+            raise UsageError(f"There is no rented machine {name!r}: {spec.nearest(name, names)}", "See: gpu status")
+        return found
+    open_ones = [rental for rental in known() if rental.record.state not in ENDED]
+    if len(open_ones) != 1:
+        shown = ", ".join(rental.name for rental in open_ones) or "none"
+        raise UsageError(f"Say which rented machine; there are: {shown}.", "See: gpu status")
+    return open_ones[0]
+
+
+def create(name: str, provider: str, terms: Terms) -> Rental:
+    """Make the folder of a machine that is to be rented; UsageError when the name is taken by one that is not gone."""
+    machines.check_name(name)
+    with machines.locked():
+        folder = machines.folder(name)
+        old = find(name)
+        if (folder / "machine.json").is_file() and old is None:
+            raise UsageError(f"There is a machine {name} already. Nothing was rented.", "Choose another name.")
+        if old is not None and old.record.state not in ENDED:
+            raise UsageError(
+                f"There is a rented machine {name} already; it is {old.record.state}. Nothing was rented.",
+                f"Go on with it: gpu wait {name}. For another one: gpu launch OTHERNAME …",
+            )
+        if old is not None:
+            machines.remove(name)
+        durable.have_folder(folder)
+        need, caps = asdict(terms.need), asdict(terms.caps)
+        record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard)
+        rental = Rental(folder, record)
+        rental.save()
+    return rental

@@ -1,0 +1,170 @@
+"""From what was typed to a rented machine: what is asked for, what it may cost, and the launch itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator import guarding, launching, ledger, money, offers, providers, rentals
+from orchestrator.errors import ConfigError, GpuError, ProviderError
+from orchestrator.providers.base import Need, Offer, Provider
+from orchestrator.rentals import ENDED, Caps, Rental, Terms
+
+_SLUG = re.compile(r"[^a-z0-9]+")
+Say = Callable[[str], None]
+Confirm = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user typed about a machine to be rented."""
+
+    need: Need
+    caps: Caps
+    provider: str | None = None
+    python: str | None = None
+    wait_capacity: bool = False
+
+
+def wish(how: dict[str, Any]) -> Wish:
+    """The wish of the options of a command; UsageError for what contradicts itself."""
+    need = Need(
+        gpu=how["gpu"],
+        type_name=how["type_name"],
+        count=how["count"],
+        min_vram_gb=how["min_vram"],
+        max_price_usd_per_hour=how["max_price"],
+        region=how["region"],
+        disk_gb=how["disk"],
+        spot=how["spot"],
+    )
+    caps = Caps(how["max_hours"], how["idle_minutes"], how["budget"])
+    return Wish(need, caps, how["provider"], how["python"], how["wait_capacity"])
+
+
+def accounts(name: str | None) -> list[Provider]:
+    """The clouds to be asked: the one named, else every one with a key here. ConfigError when there is none."""
+    if name is not None:
+        return [providers.open(name)]
+    found = [account for name in providers.names() if (account := providers.open_if_any(name)) is not None]
+    if not found:
+        names = providers.names()
+        providers.open(names[0])  # says which key is missing, and where to get one
+    return found
+
+
+def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
+    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not."""
+    with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="offers") as pool:
+        answers = [pool.submit(account.offers, need) for account in found]
+    offered, errors = [], []
+    for answer in answers:
+        try:
+            offered += answer.result()
+        except ProviderError as error:
+            errors.append(error)
+    if errors and not offered:
+        raise errors[0]
+    return offered
+
+
+def plan(asked: Wish) -> tuple[Provider, Offer]:
+    """The cloud and the offer that a launch would begin with, checked against every limit; nothing is rented.
+
+    While capacity is to be waited for, the cheapest offer that fits, had or not.
+    """
+    found = accounts(asked.provider)
+    fitting = offers.suitable(listed(found, asked.need), asked.need, had_or_not=asked.wait_capacity)
+    account = next(entry for entry in found if entry.name == fitting[0].provider)
+    money.check(fitting[0], asked.caps, account.boot_minutes[fitting[0].count > 1])
+    return account, fitting[0]
+
+
+def in_words(asked: Wish, offer: Offer) -> list[str]:
+    """What a launch means, in plain words: what, what it costs at most, and who ends it."""
+    most = money.at_most(offer.price_usd_per_hour, asked.caps)
+    hours = asked.caps.hours(offer.price_usd_per_hour)
+    limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
+    idle = asked.caps.idle_minutes
+    idle_words = "never for being idle" if idle is None else f"after {idle:g} idle minutes, once its rows are home"
+    return [
+        f"Rent {offers.in_words(offer)}: {limit}; given back {idle_words}.",
+        f"At the hard deadline it is ended with whatever is on it. Guard: {guarding.HOW[guarding.chosen()]}.",
+    ]
+
+
+def default_name(asked: Wish, offer: Offer) -> str:
+    """What a machine is called when nobody says: after its GPU, so that the same launch twice is noticed."""
+    words = asked.need.gpu or offer.gpu or offer.type_name
+    return _SLUG.sub("-", words.lower()).strip("-")[:40] or "machine"
+
+
+def rent(name: str, asked: Wish, account: Provider) -> Rental:
+    """Make the record of a machine that is to be rented: from here on it can be gone on with. Nothing is asked yet."""
+    terms = Terms(asked.need, asked.caps, guarding.chosen(), asked.python)
+    return rentals.create(name, account.name, terms)
+
+
+def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
+    """Go on with a rented machine until it is ready; nothing for any other machine. **May spend money.**"""
+    rental = rentals.find(name)
+    if rental is None or rental.record.state == "ready":
+        return
+    with rental.locked():
+        if rental.record.state in ENDED:
+            raise gone(rental)
+        launching.launch(rental, providers.open(rental.record.provider), say, wait_capacity=wait_capacity)
+
+
+def gone(rental: Rental) -> GpuError:
+    """The error of a machine that is no more."""
+    why = f" {rental.record.failure}" if rental.record.failure else ""
+    return ConfigError(
+        f"{rental.name} is {rental.record.state}.{why}", "Rent another one: gpu launch, or gpu resume RUN --gpu …"
+    )
+
+
+def costs() -> dict[str, Any]:
+    """The document of `gpu cost --json`."""
+    from orchestrator import runs
+
+    leases = ledger.leases()
+    of_machines: dict[str, dict[str, Any]] = {}
+    for lease in leases:
+        entry = of_machines.setdefault(
+            lease.machine, {"name": lease.machine, "provider": lease.provider, "hours": 0.0, "usd": 0.0, "open": False}
+        )
+        entry["hours"] = round(entry["hours"] + lease.hours(), 4)
+        entry["usd"] = round(entry["usd"] + lease.usd(), 4)
+        entry["open"] = entry["open"] or lease.closed_at is None
+    of_runs = []
+    for run in runs.remembered():
+        usd, rows = run.cost_usd(), run.record.rows_home
+        per_1000 = round(usd / rows * 1000, 6) if rows else None
+        of_runs.append({"run_id": run.run_id, "usd": round(usd, 4), "rows": rows, "usd_per_1000_rows": per_1000})
+    total = round(sum(entry["usd"] for entry in of_machines.values()), 4)
+    return {"machines": list(of_machines.values()), "runs": of_runs, "total_usd": total}
+
+
+def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) -> None:
+    """Go on with a launch until the machine is ready, or only until something is rented. **Spends money.**"""
+    account = providers.open(rental.record.provider)
+    with rental.locked():
+        while rental.record.state in ("planned", "launching") or (
+            not until_rented and rental.record.state not in ("ready", *ENDED)
+        ):
+            launching.advance(rental, account, say, wait_capacity=wait_capacity)
+
+
+def left(rental: Rental) -> str:
+    """What Ctrl-C leaves: whether something costs money, and the two commands that go on, or give it back."""
+    if not rental.may_cost:
+        return f"\nLeft {rental.name} as it is; nothing is rented."
+    price = rental.price_usd_per_hour or 0.0
+    return (
+        f"\nLeft {rental.name} as it is; it MAY COST {price:.2f} USD/h.\n"
+        f"Carry on:       gpu wait {rental.name}\nGive it back:   gpu terminate {rental.name}"
+    )

@@ -1,0 +1,156 @@
+"""The story of giving a machine back: rows home first, then the end asked for until the provider says gone, twice."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator import clock, inventory, journey, ledger, outcome, runs, user_ssh
+from orchestrator.errors import (
+    AuthRejected,
+    GpuError,
+    NotReturned,
+    ProviderDown,
+    RateLimited,
+    Refused,
+    UsageError,
+)
+from orchestrator.plain import plain
+from orchestrator.providers.base import Instance, Provider
+from orchestrator.rentals import ENDED, Rental
+
+_PATIENCE_S = 900.0
+_POLL_S = 5.0
+_ASK_AGAIN_S = 30.0
+_TWICE_S = 5.0
+"""Between the two answers that an instance is gone."""
+_GRACE_S = 30.0
+Say = Callable[[str], None]
+
+
+def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = False) -> None:
+    """Bring home what is on a machine, then end it. Raises UsageError while something there is not home.
+
+    `discard`: what cannot be brought home is given up.
+    """
+    if rental.record.state in ENDED:
+        return
+    if not discard:
+        _bring_home(rental)
+    end(rental, provider, say)
+
+
+def _bring_home(rental: Rental) -> None:
+    """Pull every run that may have something on the machine; UsageError naming those that are not home after that."""
+    why = ""
+    for name in inventory.not_home(rental.name):
+        try:
+            journey.refresh(runs.find(name))
+        except GpuError as error:
+            why = f" {error.message}"
+    if left := inventory.not_home(rental.name):
+        raise UsageError(
+            f"{', '.join(left)} may still run on {rental.name}, or have rows there that are not home.{why} "
+            "It was not given back, and goes on costing money.",
+            f"Stop it first: gpu stop {left[0]}. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
+def at_deadline(rental: Rental, provider: Provider, say: Say) -> None:
+    """End a machine whose time is over: workers stopped cleanly and rows pulled as far as that can be done."""
+    for name in inventory.not_home(rental.name):
+        with contextlib.suppress(GpuError):
+            journey.stop(runs.find(name), _GRACE_S)
+    for name in inventory.not_home(rental.name):
+        say(f"{name} may have rows on {rental.name} that are not home; its hard deadline is over.")
+    end(rental, provider, say)
+
+
+def end(rental: Rental, provider: Provider, say: Say) -> None:
+    """Ask for the end of the instance until the provider says, twice, that it is gone. Raises NotReturned.
+
+    May be repeated at any time. Without an instance there is nothing to end; a request without an answer is looked
+    for first, and LaunchUnknown raised while it stays unknown.
+    """
+    if rental.record.state == "launching" and rental.record.instance_id is None:
+        outcome.settle(rental, provider, say)
+    if rental.record.instance_id is None or rental.record.state in ENDED:
+        rental.save(state=rental.record.state if rental.record.state in ENDED else "gone")
+        return
+    rental.save(state="stopping")
+    say(f"giving {rental.name} back")
+    _until_gone(rental, provider)
+    rental.is_gone()
+    tidy(rental, provider)
+
+
+def _until_gone(rental: Rental, provider: Provider) -> None:
+    """Return once two answers, some seconds apart, say that the instance is gone."""
+    deadline = clock.monotonic() + _PATIENCE_S
+    asked_at, gone, why = -_ASK_AGAIN_S, 0, ""
+    while gone < 2:
+        if clock.monotonic() > deadline:
+            raise not_returned(rental, provider, why)
+        try:
+            if gone == 0 and clock.monotonic() >= asked_at + _ASK_AGAIN_S:
+                asked_at = clock.monotonic()
+                provider.terminate(rental.record.instance_id or "")
+            found = provider.get(rental.record.instance_id or "")
+        except (AuthRejected, Refused) as error:
+            raise not_returned(rental, provider, error.message) from None
+        except (ProviderDown, RateLimited, NotReturned) as error:
+            gone, why = 0, error.message
+        else:
+            gone = gone + 1 if _is_gone(rental, found) else 0
+            why = f"it is listed as {plain(found.raw_state)}" if found else why
+        if gone < 2:
+            clock.sleep(_TWICE_S if gone else _POLL_S)
+
+
+def _is_gone(rental: Rental, found: Instance | None) -> bool:
+    """Whether an answer says so. Not to be listed counts for one that was seen before, or that had time to appear."""
+    if found is not None:
+        if rental.record.raw_state is None:
+            rental.save(raw_state=found.raw_state)
+        return found.state == "gone"
+    asked_at = rental.record.asked_at or 0.0
+    return rental.record.raw_state is not None or clock.timestamp() > asked_at + outcome.SETTLED_S
+
+
+def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
+    """The error of a machine that may still cost money: which, how much, and where to look."""
+    price = rental.price_usd_per_hour
+    cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+    return NotReturned(
+        f"{rental.name} (instance {rental.record.instance_id}, {rental.in_words()}) MAY STILL COST {cost}: its "
+        f"provider has not said that it is gone. {why}",
+        f"Again: gpu terminate {rental.name}. Or end it by hand: {provider.dashboard}",
+    )
+
+
+def tidy(rental: Rental, provider: Provider) -> None:
+    """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
+    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
+        if rental.record.key_name:
+            provider.remove_key(rental.record.key_name)
+            rental.save(key_name="")
+    with contextlib.suppress(GpuError):
+        user_ssh.undo(rental.name, Path.home())
+    (rental.folder / "machine.json").unlink(missing_ok=True)
+    (rental.folder / "key").unlink(missing_ok=True)
+    (rental.folder / "host_key").unlink(missing_ok=True)
+    for name in inventory.not_home(rental.name):
+        journey.machine_is_gone(runs.find(name))
+
+
+def receipt(rental: Rental) -> list[str]:
+    """What the machine was, how long, and what came of it: lines for a person."""
+    leases = [lease for lease in ledger.leases() if lease.machine == rental.name]
+    hours = sum(lease.hours() for lease in leases)
+    usd = sum(lease.usd() for lease in leases)
+    rows = sum(run.record.rows_home for run in runs.remembered() if run.record.machine == rental.name)
+    lines = [f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {usd:.2f} USD (an estimate that rounds up)"]
+    if rows:
+        lines.append(f"{rows} rows came home from it: {usd / rows * 1000:.3f} USD per 1,000 rows")
+    return lines
