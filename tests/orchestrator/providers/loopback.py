@@ -59,7 +59,7 @@ class Server:
                 server.asked.append(asked)
                 server.play(self, server.script.pop(0) if server.script else server.usual(asked))
 
-            do_GET = do_POST = do_PUT = do_DELETE = answer
+            do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 -- as http.server calls it
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -113,6 +113,7 @@ class Time:
         self.slept: list[float] = []
 
     def sleep(self, seconds: float) -> None:
+        """Let so much time pass at once."""
         self.slept.append(seconds)
         self.now += seconds
         self.since += seconds
