@@ -185,7 +185,8 @@ class Client:
         wait_s = _retry_after_s(answer.headers.get("Retry-After"))
         words = self.hide(words, call.private) + (f"; it asks to wait {wait_s:.0f} s" if wait_s is not None else "")
         outcome = _outcome(answer.status, bool(form), complaint)
-        return Reply(outcome, words, answer.status, complaint.code if complaint else "", document, wait_s)
+        code = self.hide(complaint.code) if complaint else ""
+        return Reply(outcome, words, answer.status, code, document, wait_s)
 
 
 def _outcome(status: int, is_formless: bool, complaint: Complaint | None) -> Outcome:

@@ -56,8 +56,10 @@ class LambdaCloud:
 
     def offers(self, need: Need) -> list[Offer]:  # noqa: ARG002 -- there is nothing to ask for but all of them
         """Every type in every region that has it; one that none has is there, too, not available."""
-        reply = self._read("/instance-types", "list its machines")
-        return lambda_answers.offers(reply.document["data"])
+        data = self._read("/instance-types", "list its machines").document["data"]
+        if not isinstance(data, dict):
+            raise ProviderDown(f"{TITLE} could not list its machines: its answer is no catalogue. {_NOTHING}")
+        return lambda_answers.offers(data)
 
     def ensure_key(self, public_key: str, name: str) -> str:
         """Have a public key in the account; returns the name it has there, found by the key itself, not by `name`."""
