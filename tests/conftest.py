@@ -15,6 +15,7 @@ import pytest
 from jobs import rundir, spec
 from orchestrator import agents, config, enrolment, machines, runs, ssh_config, transport
 from orchestrator.runs import Record, Run
+from tests import cloud as clouds
 from tests import rig
 from tests.rig import Reachable, Sshd
 
@@ -22,6 +23,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpu-tests-")  # before transfor
 machine_room = pytest.fixture(rig.machine_room)
 proxies = pytest.fixture(rig.proxies)
 wires = pytest.fixture(rig.wires)
+cloud = pytest.fixture(clouds.cloud)
+light_cloud = pytest.fixture(clouds.light_cloud)
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 """Real benchmark files, where a developer has them beside the project."""

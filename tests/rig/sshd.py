@@ -168,13 +168,18 @@ class Sshd:
             self._listener = None
 
     def reboot(self) -> None:
-        """SIGKILL the listener, all sessions and all that was started through them, daemons included; then start."""
-        self._end_everything()
+        """power_off(), then start."""
+        self.power_off()
         self.start()
 
+    def power_off(self) -> None:
+        """SIGKILL the listener, all sessions and all that was started through them, daemons included."""
+        self.kill_all()
+        _signal_all(self.processes, signal.SIGKILL)
+
     def close(self) -> None:
-        """As reboot(), without the start. May be called twice; the folder stays."""
-        self._end_everything()
+        """power_off(), for good. May be called twice; the folder stays."""
+        self.power_off()
         for path in self.folder.glob("sshd*"):
             if path.name != "sshd_config":
                 path.unlink()
@@ -238,10 +243,6 @@ class Sshd:
     def connections(self) -> list[Process]:
         """The processes of sshd itself: the listener, and one or two for each connection."""
         return [process for process in _all_processes() if self._is_sshd(process.pid)]
-
-    def _end_everything(self) -> None:
-        self.kill_all()
-        _signal_all(self.processes, signal.SIGKILL)
 
     def _everything(self, jobs: bool) -> list[Process]:
         return self.connections() + (self.processes() if jobs else [])
