@@ -83,7 +83,7 @@ def _handler(cloud: Cloud) -> type[BaseHTTPRequestHandler]:
             self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _serve(self, body: Any) -> None:
-            cloud.calls.append((time.monotonic(), self.path, body))
+            cloud.calls.append((time.time(), self.path, body))
             fault = next((each for each in cloud.faults if self.path.endswith(each.path)), None)
             if fault:
                 cloud.faults.remove(fault)
