@@ -185,6 +185,8 @@ class Run:
         self.supervisor_log = folder / "supervisor.txt"
         self.work = folder / "work"  # the project as the run began with it, and what its command makes there
         self.digests = folder / "digests.json"  # the pull command: digests of large files, so that each is read once
+        self.acknowledged = folder / "acknowledged.json"  # the acknowledge command, replaced: what is durable at home
+        self.acknowledge_lock = folder / "acknowledge.lock"
 
     def attempt(self, number: int) -> Attempt:
         """The files of attempt `number`, counted from 1; the folder may not exist."""

@@ -15,7 +15,7 @@ _STORE = ("have", "missing", "take", "adopt", "keep", "stage", "view", "project"
 def main(words: list[str]) -> int:
     """Do what the first word says; what the laptop may ask for comes first, then what is started here."""
     verb, *rest = words
-    if verb in ("put", "start", "state", "pull", "stop"):
+    if verb in ("put", "start", "state", "pull", "stop", "acknowledge"):
         from worker import agent
 
         return agent.main(verb, rest)
@@ -27,6 +27,14 @@ def main(words: list[str]) -> int:
         from worker.environments import main as keep_environments
 
         return keep_environments(verb, rest)
+    if verb in ("guard", "deadline", "watch"):
+        from worker import guard
+
+        return guard.main(verb, rest)
+    if verb == "idle":
+        from worker import idle
+
+        return idle.main(rest)
     if verb == "exec":
         from worker.execute import main as execute
 

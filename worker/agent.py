@@ -1,4 +1,4 @@
-"""Commands the laptop sends: put files, start, state, pull, stop; each may be repeated, each answers in one format."""
+"""Commands the laptop sends about a run: put, start, state, pull, acknowledge, stop; each may be repeated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jobs import durable, locks, rundir, spec, times
-from worker import processes, supervisor
+from worker import acknowledged, processes, supervisor
 from worker.intake import Intake
 from worker.puller import Frame, Puller, state_frame
 
@@ -138,6 +138,8 @@ def _answer(verb: str, run: rundir.Run, words: list[str], source: BinaryIO) -> F
         return Intake(run, source).take()
     if verb == "start":
         return start(run, json.load(source))
+    if verb == "acknowledge":
+        return acknowledged.take(run, json.load(source))
     if verb == "stop":
         return stop(run, float(words[0]))
     return state_frame(run)

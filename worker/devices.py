@@ -60,6 +60,12 @@ def memory_used() -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
 
 
+def utilisation() -> dict[str, int]:
+    """Percent of the last moment in which each GPU computed; empty where nvidia-smi does not say."""
+    rows = _ask("--query-gpu=index,utilization.gpu")
+    return {row[0]: int(row[1]) for row in rows if len(row) == 2 and row[1].isdigit()}
+
+
 def _ask(*words: str) -> list[list[str]]:
     """The fields of each line nvidia-smi answers with; none when it is absent, fails, or takes too long."""
     command = ["nvidia-smi", *words, "--format=csv,noheader,nounits"]

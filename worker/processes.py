@@ -15,6 +15,7 @@ RUN_MARK = "GPU_RUN_FOLDER"
 """Environment variable that every process of a run inherits: its folder here, which no other run has, not even on
 another machine that shares this computer's processes. Leftovers of a killed supervisor are found by it."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEPS_MAX = 200
 _SWEEP_PAUSE_S = 0.05
@@ -63,6 +64,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def keep_memory_private() -> None:
+    """Have no other process of this user read this one's memory, and no core be written of it (Linux)."""
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
@@ -109,6 +115,16 @@ def marked(folder: str) -> list[int]:
         with contextlib.suppress(OSError):
             if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(pid)
+    return found
+
+
+def commands() -> dict[int, list[str]]:
+    """The words of every process that may be asked for them; Linux only, empty elsewhere."""
+    found = {}
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            found[pid] = [os.fsdecode(word) for word in words[:-1]]
     return found
 
 
