@@ -50,7 +50,7 @@ def _filters(need: Need) -> list[_Filter]:
         found.append((f"--type {need.type_name}", lambda offer: offer.type_name == need.type_name))
     if need.gpu is not None:
         found.append((f"--gpu {need.gpu}", lambda offer: is_called(offer, need.gpu or "")))
-    if need.type_name is None:
+    if need.type_name is None and need.count is not None:
         found.append((f"--count {need.count}", lambda offer: offer.count == need.count))
     if (vram := need.min_vram_gb) is not None:
         found.append((f"--min-vram {vram:g}", lambda offer: (offer.vram_gb or 0) >= vram * _VRAM_SLACK))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -29,8 +30,9 @@ class Caps:
     budget_usd: float | None = None
 
     def hours(self, price_usd_per_hour: float) -> float | None:
-        """How long it may run at that price; None: for ever."""
-        bought = self.budget_usd / price_usd_per_hour if self.budget_usd is not None and price_usd_per_hour else None
+        """How long it may run at that price, in whole minutes of a budget; None: for ever."""
+        has_end = self.budget_usd is not None and price_usd_per_hour
+        bought = math.floor((self.budget_usd or 0.0) / price_usd_per_hour * 60) / 60 if has_end else None
         return min((limit for limit in (self.max_hours, bought) if limit is not None), default=None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import guarding, launching, ledger, money, offers, providers, rentals
@@ -29,9 +29,9 @@ class Wish:
     wait_capacity: bool = False
 
 
-def wish(how: dict[str, Any]) -> Wish:
-    """The wish of the options of a command; UsageError for what contradicts itself."""
-    need = Need(
+def need(how: dict[str, Any]) -> Need:
+    """The need that the options of a command say; of any number of GPUs unless it is said."""
+    return Need(
         gpu=how["gpu"],
         type_name=how["type_name"],
         count=how["count"],
@@ -41,8 +41,14 @@ def wish(how: dict[str, Any]) -> Wish:
         disk_gb=how["disk"],
         spot=how["spot"],
     )
+
+
+def wish(how: dict[str, Any]) -> Wish:
+    """What a command that rents was asked: one GPU unless it is said, and caps."""
+    asked = need(how)
     caps = Caps(how["max_hours"], how["idle_minutes"], how["budget"])
-    return Wish(need, caps, how["provider"], how["python"], how["wait_capacity"])
+    one = asked if asked.count is not None else replace(asked, count=1)
+    return Wish(one, caps, how["provider"], how["python"], how["wait_capacity"])
 
 
 def accounts(name: str | None) -> list[Provider]:

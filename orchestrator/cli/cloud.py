@@ -33,12 +33,10 @@ def offers_(as_json: bool, **how: Any) -> None:
     \b
     Example:  gpu offers --gpu A100 --max-price 2
     """
-    asked = renting.wish(
-        {**how, "max_hours": None, "idle_minutes": None, "budget": None, "python": None, "wait_capacity": False}
-    )
-    listed = renting.listed(renting.accounts(asked.provider), asked.need)
+    asked = renting.need(how)
+    listed = renting.listed(renting.accounts(how["provider"]), asked)
     try:
-        found = offers.suitable(listed, asked.need, had_or_not=True)
+        found = offers.suitable(listed, asked, had_or_not=True)
     except errors.NoCapacity:
         if as_json:
             output.document([])

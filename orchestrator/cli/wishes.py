@@ -38,7 +38,7 @@ def _positive(_ctx: click.Context, _param: click.Parameter, value: float | None)
 _NEED = [
     click.option("--gpu", metavar="NAME", help="Which GPU, such as A100, H100 SXM or `A100 80GB`."),
     click.option("--type", "type_name", metavar="TYPE", help="The provider's name of a kind of machine."),
-    click.option("--count", type=click.IntRange(min=0), default=1, show_default=True, help="How many GPUs it has."),
+    click.option("--count", type=click.IntRange(min=0), help="How many GPUs it has; to rent, 1 unless said."),
     click.option("--min-vram", type=float, callback=_positive, metavar="GB", help="Memory of each GPU, at least."),
     click.option("--max-price", type=float, callback=_positive, metavar="USD", help="USD per hour, of all of it."),
     click.option("--provider", type=click.Choice(_PROVIDERS), help="Which cloud; else all you have a key for."),

@@ -23,7 +23,7 @@ class Need:
     """As typed: `A100`, `h100`, `RTX 4090`."""
     type_name: str | None = None
     """The provider's own name of a kind of machine."""
-    count: int = 1
+    count: int | None = 1
     """GPUs."""
     min_vram_gb: float | None = None
     """Of each GPU."""
