@@ -103,6 +103,9 @@ class Hub:
                 "Check the spelling: a Hub name is OWNER/NAME; for a folder give a path such as ./my-model.",
             )
 
+        if self._revision in (".", ".."):  # as a word of an address, it would lead to another one
+            raise self._no_such_revision()
+
     def _refusal(self, answer: _Answer) -> Fault:
         """Why there is no answer, as the one who asked can mend it."""
         code = answer.headers.get("x-error-code", "")
@@ -110,11 +113,7 @@ class Hub:
         if not answer.is_of_hub():
             return self._not_known(f"answered with status {answer.status} and no word of the Hub's own")
         if code == "RevisionNotFound":
-            return error(
-                "no_such_revision",
-                f"{self.asked} has no revision {quoted(self._given_revision or 'main')}.",
-                "Use a branch, tag or commit hash of that repository: --set revision=…",
-            )
+            return self._no_such_revision()
         if code == "GatedRepo":
             return self._gated()
         if self._token and answer.status == 401 and "invalid credentials" in words.lower():
@@ -132,6 +131,13 @@ class Hub:
                 f"Look at {self.endpoint}/{self._name}; a fine-grained token must allow reading gated repositories.",
             )
         return self._not_known(f"answered with status {answer.status}")
+
+    def _no_such_revision(self) -> Fault:
+        return error(
+            "no_such_revision",
+            f"{self.asked} has no revision {quoted(self._given_revision or 'main')}.",
+            "Use a branch, tag or commit hash of that repository: --set revision=…",
+        )
 
     def _gated(self) -> Fault:
         reason = "the account of HF_TOKEN has no access" if self._token else "HF_TOKEN is not set"

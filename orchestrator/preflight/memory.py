@@ -49,7 +49,13 @@ class Load:
         shots = params.get("shots") or 0
         guess = PROMPT_TOKENS + SHOT_TOKENS * shots + len(params.get("instruction") or "") // 2 * (1 + shots)
         rows = params.get("batch_size")
-        rows = None if not isinstance(rows, int) else rows if limit is None else min(rows, limit * params["samples"])
+        rows = (
+            None
+            if not isinstance(rows, int)
+            else rows
+            if limit is None
+            else min(rows, limit * (params.get("samples") or 1))
+        )
         return cls(dtype_of(params), guess if prompt_tokens is None else prompt_tokens, params["max_new_tokens"], rows)
 
     @property

@@ -184,8 +184,7 @@ def adapter_bytes(shelf: Shelf) -> int | None:
 
 def place_of(parameter: str, name: str) -> Folder | None:
     """The folder that a parameter names, as planning made it absolute; None: a name on the Hub."""
-    path = Path(name)
-    return Folder(parameter, path) if path.is_absolute() or path.is_dir() else None
+    return Folder(parameter, Path(name)) if name.startswith("/") else None
 
 
 def _no_config(shelf: Shelf, files: Mapping[str, int | None]) -> Fault:

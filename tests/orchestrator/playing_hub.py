@@ -83,6 +83,8 @@ class PlayedHub(ThreadingHTTPServer):
         self.asked: list[tuple[str, str | None]] = []
         """Every path that was asked for, with the Authorization that came along."""
         self.released = threading.Event()
+        self.sent = 0
+        """Bytes of an endless answer."""
 
     @property
     def url(self) -> str:
@@ -204,7 +206,7 @@ def endless(handler: Any) -> None:
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
     with contextlib.suppress(OSError):
         while not handler.server.released.is_set():
-            handler.wfile.write(b" " * 65536)
+            handler.server.sent += handler.connection.send(b" " * 65536)
 
 
 @contextlib.contextmanager

@@ -127,8 +127,17 @@ def test_a_token_without_the_right_is_told_so(played: PlayedHub, monkeypatch: py
     assert codes(found) == [("error", "no_access")]
     assert "Please enable access" in found.findings[0].message
     assert "fine-grained" in found.findings[0].hint
-    assert TOKEN not in json.dumps(found.document()) + "".join(found.lines())
+    assert TOKEN not in everything(found)
+    assert "\x1b" not in found.findings[0].message
+
+
+def test_what_was_typed_cannot_move_the_terminal(played: PlayedHub) -> None:
+    """A name with escape sequences in it is shown without them, to people and to scripts."""
+    found = preflight.look(job(model="maker/\x1b[31mred"))
+    assert codes(found) == [("error", "no_such_model")]
     assert "\x1b" not in "".join(found.lines())
+    shown = found.document()
+    assert "\x1b" not in shown["model"] + shown["findings"][0]["message"]
 
 
 def test_the_token_goes_to_the_hub_alone(played: PlayedHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,6 +244,7 @@ def test_an_endless_file_is_not_read_to_its_end(played: PlayedHub, monkeypatch: 
     assert codes(found) == [("warning", "not_looked_at")]  # and not: it has no chat template
     assert "1 MB" in found.findings[0].message
     assert found.needed_vram_gb
+    assert played.sent < 30_000_000  # what the system's own buffers hold comes on top of the cap
 
 
 def test_a_busy_hub_is_asked_again_a_few_times(played: PlayedHub) -> None:
@@ -283,7 +293,7 @@ def test_a_revision_stays_one_word_of_the_path(played: PlayedHub) -> None:
     """Whatever is typed for a revision, the request asks for that revision of that model."""
 
     @settings(max_examples=40, deadline=None)
-    @given(st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable()))
+    @given(st.text("a/?#%.&\\: é", min_size=1, max_size=8) | st.text(min_size=1).filter(str.isprintable))
     def asks_for_it(revision: str) -> None:
         played.asked.clear()
         with pytest.raises(Fault):
@@ -295,12 +305,17 @@ def test_a_revision_stays_one_word_of_the_path(played: PlayedHub) -> None:
         assert path.count("?") == 1
 
     asks_for_it()
+    played.asked.clear()
+    for dots in (".", ".."):
+        assert codes(preflight.look(job(revision=dots))) == [("error", "no_such_revision")]
+    assert played.asked == []
 
 
 def test_nothing_is_asked_for_a_command_or_the_built_in_model(played: PlayedHub) -> None:
     """A command and `tiny` need no look: no request, no finding, whatever the machine."""
     command = planning.command(("nvidia-smi",))
-    for document in (planning.request(planning.Asked("local", {}), command), job(model="tiny")):
+    of_a_model = {**job(), "story": "command"}  # a command may have a parameter of that name
+    for document in (planning.request(planning.Asked("local", {}), command), of_a_model, job(model="tiny")):
         found = preflight.check(document, offer(vram_gb=None, disk_gb=None))
         assert found == Preflight()
         assert found.lines() == []

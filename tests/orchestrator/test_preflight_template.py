@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -202,18 +201,33 @@ def test_hostile_templates_are_bounded(name: str, monkeypatch: pytest.MonkeyPatc
     assert len(found[0].message) < 800
 
 
-def test_the_rendering_process_has_no_secret_and_writes_no_file(tmp_path: Path) -> None:
-    """What a template might reach by breaking out: neither token nor keys, and no file can grow."""
-    variables = dict(os.environ) | {"HF_TOKEN": "hf_SecretOfTheUser0123456789", "LAMBDA_API_KEY": "secret_key"}
+def test_the_rendering_process_sees_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a template might reach by breaking out holds neither token nor keys."""
+    spy = tmp_path / "python"
+    spy.write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\n")
+    spy.chmod(0o700)
+    for name in ("HF_TOKEN", "LAMBDA_API_KEY", "VAST_API_KEY", "MY_OWN"):
+        monkeypatch.setenv(name, "SecretOfTheUser0123456789")
+    monkeypatch.setattr("sys.executable", str(spy))
+    template.render("x", [{"messages": ASK, "add_generation_prompt": True}], {})
+    seen = (tmp_path / "seen").read_text()
+    assert "PATH=" in seen
+    assert "SecretOfTheUser" not in seen
+
+
+def test_the_rendering_process_cannot_write_or_grow(tmp_path: Path) -> None:
+    """Its limits hold: no file gets a byte, no more memory than a gigabyte."""
     script = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import rendering; rendering.confine()\n"
+        "import sys, signal, pathlib; sys.path.insert(0, sys.argv[1]); import rendering; rendering.confine()\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "try: pathlib.Path(sys.argv[2]).write_text('x')\n"
-        "except OSError: pass\n"
+        "except OSError: print('no file')\n"
+        "try: bytearray(1_100_000_000)\n"
+        "except MemoryError: print('no memory')\n"
     )
-    room = Path(template.__file__).parent
-    subprocess.run([sys.executable, "-c", script, str(room), str(tmp_path / "f")], env=variables, check=False)
-    assert not (tmp_path / "f").exists() or (tmp_path / "f").stat().st_size == 0
-    assert not {"HF_TOKEN", "LAMBDA_API_KEY", "VAST_API_KEY"} & set(template._KEPT_VARIABLES)
+    words = [sys.executable, "-B", "-c", script, str(Path(template.__file__).parent), str(tmp_path / "f")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["no file", "no memory"]
 
 
 def test_a_rendering_process_that_dies_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
