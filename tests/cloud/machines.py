@@ -28,6 +28,11 @@ _DEADLINE_S = 10.0
 _TRIES = 1000
 _PROGRAMS = Path(onboard.__file__)
 _LIBRARY_PLACES = ("/usr/lib/*/libnss_wrapper.so", "/usr/lib64/libnss_wrapper.so", "/usr/lib/libnss_wrapper.so")
+_PLACES = (
+    *("root", "etc/systemd/system", "opt", "run", "srv", "usr/local/bin", "usr/local/lib", "usr/local/sbin"),
+    *("var/cache", "var/lib", "var/log", "var/tmp"),
+)
+"""Folders that every system has."""
 # SHELL is set back: only this session's command is to be changed, not those of shells that it starts.
 _SHELL = """\
 #!/bin/sh
@@ -76,7 +81,7 @@ class Machine:
 
     def boot(self) -> None:
         """Do what a first boot does: keys, files, then the scripts, which go on by themselves."""
-        for name in ("root/root", "root/etc", "root/var/lib", "root/var/log", "root/run", "first-boot", "services"):
+        for name in ("first-boot", "services", *(f"root/{place}" for place in _PLACES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._install()
         if self.plan.host_key and "ignores-host-key" not in self.instance.faults:
