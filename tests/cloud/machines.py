@@ -19,8 +19,10 @@ import pytest
 
 from tests import rig
 from tests.cloud import first_boot, libcuda, onboard
+from tests.cloud.answers import Json
 from tests.cloud.catalogue import gpus_of
 from tests.cloud.instance import Instance
+from tests.rig.proxy import free_address
 from tests.rig.sshd import MARK, SYSTEM_PATH, Sshd
 
 USER = "ubuntu"
@@ -214,10 +216,10 @@ class Machine:
             )
 
 
-def _gpus(instance: Instance) -> dict[str, object]:
+def _gpus(instance: Instance) -> Json:
     """What nvidia-smi is to say on this machine."""
     real, faults = gpus_of(instance.kind), instance.faults
-    found: dict[str, object] = {**dataclasses.asdict(real), "mode": "ok", "seed": instance.instance_id}
+    found: Json = {**dataclasses.asdict(real), "mode": "ok", "seed": instance.instance_id}
     if fault := faults.get("smi-wrong-gpu"):
         found["name"] = fault.detail or "Tesla T4"
     if fault := faults.get("smi-wrong-count"):
@@ -255,7 +257,7 @@ class SshMachines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = rig.free_address()[1]
+        self.port = free_address()[1]
         self.all: dict[str, Machine] = {}
 
     def __enter__(self) -> SshMachines:
@@ -289,9 +291,12 @@ class SshMachines:
         self.all[instance.instance_id].reboot()
 
     def end(self, instance: Instance) -> None:
-        """End all processes, for good unless it has powered itself off."""
-        machine = self.all[instance.instance_id]
-        machine.power_off() if instance.powered_off else machine.close()
+        """End all processes, for good."""
+        self.all[instance.instance_id].close()
+
+    def power_off(self, instance: Instance) -> None:
+        """End all processes; it may be rebooted."""
+        self.all[instance.instance_id].power_off()
 
     def look(self, instance: Instance, now: float) -> bool:
         """Do what is due by now; whether the machine still runs."""
