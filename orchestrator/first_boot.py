@@ -37,6 +37,7 @@ _MODULES = (
     "worker/guard_settings.py",
     "worker/idle.py",
     "worker/intake.py",
+    "worker/mirroring.py",
     "worker/order.py",
     "worker/outs.py",
     "worker/own_instance.py",
