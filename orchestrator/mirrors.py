@@ -189,7 +189,7 @@ def _grow(arrivals: Arrivals, name: str, content: Iterator[bytes], have: tuple[i
     for chunk in content:
         if left:
             hasher.update(chunk[:left])
-            chunk, left = chunk[left:], max(left - len(chunk), 0)  # noqa: PLW2901
+            chunk, left = chunk[left:], max(left - len(chunk), 0)
             if left:
                 continue
         if have[0] and hasher.hexdigest() != have[1]:

@@ -49,12 +49,10 @@ class HubStore:
         self._base = "/".join(filter(None, [self._target.folder, base]))
         self._pending: list[tuple[str, bytes | BinaryIO]] = []
         try:
-            from huggingface_hub import HfApi
+            self._hub: Any = importlib.import_module("huggingface_hub")
         except ImportError:
-            raise Unusable(
-                "the run's environment has no huggingface_hub; a folder can be a mirror without it"
-            ) from None
-        self._api = HfApi()
+            raise Unusable("the run's environment has no huggingface_hub, which a mirror on the Hub needs") from None
+        self._api = self._hub.HfApi()
         self._there = set(self._listed())
 
     def _listed(self) -> list[str]:

@@ -20,6 +20,7 @@ _AGAIN_S = 10.0
 _SILENCE_S = 60.0
 """At the end of a run a mirror may take as long as bytes flow; after so long without news it is left as it is."""
 _END_MAX_S = 1800.0
+_TRIES_MAX = 3
 _TICK_S = 0.2
 
 
@@ -51,21 +52,31 @@ class Mirroring:
         if not self.order.mirror:
             return ""
         self._end()
+        for _ in range(_TRIES_MAX):
+            code = self._copied_once(tick)
+            if code == 0:
+                return ""
+            if code is None:
+                return f"The mirror {self.order.mirror} took too long; what was copied until then is there."
+        failed = str(durable.load_news(self.run.mirror).get("failed", ""))
+        return f"The mirror {self.order.mirror} does not have all of it: {failed or 'it could not be started'}."
+
+    def _copied_once(self, tick: Callable[[], None]) -> int | None:
+        """How a child ended that copies what there is; None when no bytes have flowed for too long."""
         self._child = self._start("once")
+        if self._child is None:
+            return 1
         deadline = time.monotonic() + _END_MAX_S
         known, heard_at = self._news(), time.monotonic()
-        while self._child and self._child.poll() is None:
+        while self._child.poll() is None:
             tick()
             if self._news() != known:
                 known, heard_at = self._news(), time.monotonic()
             if time.monotonic() >= min(deadline, heard_at + _SILENCE_S):
                 self._end()
-                return f"The mirror {self.order.mirror} took too long; what was copied until then is there."
+                return None
             time.sleep(_TICK_S)
-        failed = str(durable.load_news(self.run.mirror).get("failed", ""))
-        if self._child and self._child.returncode == 0:
-            return ""
-        return f"The mirror {self.order.mirror} does not have all of it: {failed or 'it could not be started'}."
+        return self._child.returncode
 
     def _news(self) -> int:
         """What changes while bytes flow: the child's time in the system and its news."""

@@ -77,6 +77,8 @@ class Supervisor:
 
     def _finish_mirror(self, attempt: rundir.Attempt) -> None:
         """Have the rest in the mirror, the seal too; that it failed is said, and changes nothing about the run."""
+        if not self.order.mirror:
+            return
         pace = Pace(attempt.rows)
         pace.update()
 
@@ -87,8 +89,7 @@ class Supervisor:
         self._beat_at = 0.0
         if failed := self._mirroring.finish(tick):
             print(failed, file=sys.stderr, flush=True)  # noqa: T201 -- the supervisor's log
-        if self.order.mirror:
-            self._save_status(attempt, pace, "ended")
+        self._save_status(attempt, pace, "ended")
 
     def _on_stop(self, *_: object) -> None:
         self._stopping = True
