@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, first_boot, guarding, money, offers, outcome, readiness, returning
+from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
     LaunchFailed,
@@ -63,6 +63,8 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
             found = offers.suitable(provider.offers(rental.need()), rental.need())
             left = [offer for offer in found if not _was_tried(rental, offer)]
             if left:
+                if look:
+                    notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
                 money.check(left[0], rental.caps(), provider.boot_minutes[left[0].count > 1])
                 return left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
