@@ -45,7 +45,7 @@ exec /bin/bash -c "$(printf %s "$2" | sed -E -f {rules})"
 _SCRIPT = """\
 #!/bin/sh
 cd {root} || exit
-for part in {folder}/first-boot/*; do "$part"; done
+for part in {folder}/first-boot/*; do [ ! -x "$part" ] || "$part"; done
 mkdir -p {root}/var/lib/cloud/instance && : > {root}/var/lib/cloud/instance/boot-finished
 """
 

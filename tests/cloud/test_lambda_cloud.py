@@ -143,7 +143,7 @@ def test_every_refusal_is_as_specified(core: LambdaCloud, tour: Ask) -> None:
 
 
 def test_answers_are_looked_up(core: LambdaCloud, specification: Specification | None) -> None:
-    """An answer that lacks a field, or has one of another type, does not pass; without the document, this is skipped."""
+    """An answer that lacks a field, or has one of another type, does not pass; skipped without the document."""
     if specification is None:
         pytest.skip("no OpenAPI document of the provider beside the project: answers were not looked up")
     launch(core)
