@@ -45,7 +45,7 @@ exec /bin/bash -c "$(printf %s "$2" | sed -E -f {rules})"
 _SCRIPT = """\
 #!/bin/sh
 cd {root} || exit
-for part in {folder}/first-boot/*; do "$part"; done
+for part in {folder}/first-boot/*; do [ ! -x "$part" ] || "$part"; done
 mkdir -p {root}/var/lib/cloud/instance && : > {root}/var/lib/cloud/instance/boot-finished
 """
 
@@ -80,6 +80,7 @@ class Machine:
         self.paths = first_boot.Paths(self.root, self.sshd.home, [file.path for file in plan.files])
         self._boot: subprocess.Popen[bytes] | None = None
         self._changed_key = False
+        self._denies = "publickey-denied" in instance.faults
 
     def boot(self) -> None:
         """Do what a first boot does: keys, files, then the scripts, which go on by themselves."""
@@ -128,23 +129,19 @@ class Machine:
         """Do what is due by now; what the machine asks for: `off`, `reboot`, or nothing."""
         if self._boot is not None:
             self._boot.poll()
-        if "publickey-denied" in self.instance.faults and now >= self._denied_until:
-            self._authorize(True)
+        if self._denies and now >= self.instance.sshd_at + self.instance.faults["publickey-denied"].seconds:
+            self._denies = False
+            self._authorize()
         if "other-host-key" in self.instance.faults and not self._changed_key and self._has_seen_login():
             self._changed_key = True
             self.sshd.new_host_key()
         power = self.folder / "power"
         return power.read_text().strip() if power.exists() else ""
 
-    @property
-    def _denied_until(self) -> float:
-        return self.instance.sshd_at + self.instance.faults["publickey-denied"].seconds
-
-    def _authorize(self, is_late: bool = False) -> None:
+    def _authorize(self) -> None:
         """Have the keys that are let in, or none while they are denied."""
-        keys = [self.instance.public_key, *self.plan.authorized_keys]
-        denied = "publickey-denied" in self.instance.faults and not is_late
-        (self.folder / "authorized_keys").write_text("" if denied else "\n".join([*keys, ""]))
+        keys = [] if self._denies else [self.instance.public_key, *self.plan.authorized_keys]
+        (self.folder / "authorized_keys").write_text("\n".join([*keys, ""]))
 
     def _has_seen_login(self) -> bool:
         return b"Accepted publickey" in self.sshd.log.read_bytes()
