@@ -276,14 +276,16 @@ def test_an_answer_that_never_ends_is_given_up(server: Server) -> None:
 def test_nothing_half_a_secret_is_quoted(server: Server, time: Time) -> None:
     """What is shown is cut after it is masked, never in the middle of a key; control signs hide no key, either."""
     for body in (
-        b"x" * 280 + KEY.encode(),
-        b"x" * 4080 + KEY.encode(),
+        b"x" * 268 + KEY.encode(),
+        b"x" * 4060 + KEY.encode(),
         KEY[:9].encode() + b"\x1b[0m" + KEY[9:].encode(),
     ):
         server.script = [Scripted(500, body)]
         reply = client(server.url).once(READ)
         assert KEY[:9] not in reply.words
-        assert "no JSON" in reply.words
+        assert "no JSON: " in reply.words
+    server.script = [Scripted(500, b"x" * 4097)]
+    assert client(server.url).once(READ).words == "HTTP 500, no JSON"
     made = client(server.url)
     assert made.hide(f"a {KEY[:9]}\x1b[31m{KEY[9:]} b") == "a *** b"
     assert made.hide("user: 'echo one-two-three\\n'", "#!/bin/sh\necho one-two-three\n") == "user: '***\\n'"
