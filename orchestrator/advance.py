@@ -11,7 +11,7 @@ from jobs import rundir, spec
 from orchestrator import clock, config, delivery, follow, machines, outs, rentals, summary, transport
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
-from orchestrator.runs import ENDED, Run
+from orchestrator.runs import ENDED, Record, Run
 from orchestrator.transport import Machine
 
 GRACE_S = 10.0
@@ -286,6 +286,15 @@ def stop(run: Run, machine: Machine, grace_s: float) -> dict[str, Any]:
     return transport.ask(machine, words, deadline_s=grace_s + transport.CALL_DEADLINE_S)
 
 
+def _shown(record: Record) -> str:
+    """The state as `gpu runs` has it: with what its machine is waiting for."""
+    if record.state == "running" and record.phase == "queued":
+        return "queued"
+    rental = rentals.find(record.machine) if record.state == "planned" else None
+    states = {"launching": "launching", "booting": "launching", "ready": "ready"}
+    return states.get(rental.record.state, record.state) if rental else record.state
+
+
 def document(run: Run) -> dict[str, Any]:
     """The run as `gpu runs --json` gives it."""
     record = run.record
@@ -293,7 +302,7 @@ def document(run: Run) -> dict[str, Any]:
         "run_id": record.run_id,
         "job": record.job,
         "machine": record.machine,
-        "state": "queued" if record.state == "running" and record.phase == "queued" else record.state,
+        "state": _shown(record),
         "rows_done": record.rows_done,
         "rows_total": record.rows_total,
         "rows_synced": record.rows_synced,

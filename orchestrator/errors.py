@@ -17,6 +17,7 @@ GpuError
 │   └── NotReturned    20  the provider has not said, twice, that a machine is gone
 ├── NotReachable        5  the machine does not answer; nothing is known to be lost
 │   └── BadAnswer       5  it answers, but not as our agent does; asking again at once is no use
+├── MachineGone         5  a rented machine is no more, by its provider's own word
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
 ├── JobFailed          10  the job ended without being done
 └── HomeDiskFull        1  this computer's disk is full
@@ -116,6 +117,12 @@ class NotReturned(MayCost):
 
 class BadAnswer(NotReachable):
     """The machine answers with something else than an answer of our agent; asking again at once is no use."""
+
+
+class MachineGone(GpuError):
+    """A rented machine is no more, by its provider's own word. What came home from it is home."""
+
+    exit_code = 5
 
 
 class WorkerLost(GpuError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs import durable, spec
 from orchestrator import clock, machines, transport
-from orchestrator.errors import BadAnswer, GpuError, LoginRefused, NotReachable
+from orchestrator.errors import BadAnswer, GpuError, LoginRefused, MachineGone, NotReachable
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
@@ -108,6 +108,8 @@ class _Trouble:
             machines.note(self.machine.name, False)
             self.news({"unreachable": error.message}, b"")
         self.tries += 1
+        if self.tries > 1 and self.machine.is_gone():
+            raise MachineGone(f"{self.machine.name} is gone, by its provider's own word.")
         gone_s = clock.monotonic() - self.began_at
         if gone_s > self.machine.patience_s or (isinstance(error, BadAnswer) and self.tries >= CUTS_MAX):
             raise error

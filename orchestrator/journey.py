@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs import locks
-from orchestrator import advance, clock, delivery, follow, machines, planning
+from orchestrator import advance, clock, delivery, follow, machines, planning, rentals
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
 from orchestrator.runs import ENDED, Run
@@ -241,6 +241,9 @@ def machine_is_gone(run: Run) -> None:
 
 def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     """Bring home what there is and take over how the run stands, without waiting for its end."""
+    if rentals.is_gone(machine.name):
+        advance.machine_is_gone(run)
+        return
     if run.record.state in ("pushed", "running"):
         end = follow.pull(run, machine, arrivals, follow.NOW, news)
         if "cut" in end:

@@ -107,7 +107,8 @@ def save(record: Record) -> None:
 def choose(name: str | None) -> str:
     """The machine that is meant: the one named; else the only one there is; else this computer. UsageError else."""
     if name is not None:
-        return name if name == LOCAL else load(name).name
+        is_known = name == LOCAL or (_NAME.fullmatch(name) and (folder(name) / "rental.json").is_file())
+        return name if is_known else load(name).name
     names = [record.name for record in known()]
     if len(names) > 1:
         raise UsageError(f"There are several machines: {', '.join(names)}.", "Say which one, by its name or `local`.")
@@ -132,13 +133,22 @@ def at(name: str) -> Iterator[Machine]:
         yield this_computer()
         return
     if not (folder(name) / "machine.json").is_file():
-        yield ForgottenMachine(name)
+        yield ForgottenMachine(name, lambda: _is_gone(name))
         return
     record = load(name)
     from orchestrator.ssh import SshMachine
 
-    with SshMachine(folder(name), Path(record.root), record.python) as machine:
+    with SshMachine(folder(name), Path(record.root), record.python, lambda: _is_gone(name)) as machine:
         yield machine
+
+
+def _is_gone(name: str) -> bool:
+    """Whether a machine that does not answer is surely no more: only the provider of a rented one can say so."""
+    if not (folder(name) / "rental.json").is_file():
+        return False
+    from orchestrator import vanishing
+
+    return vanishing.is_gone(name)
 
 
 def this_computer() -> LocalMachine:

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class Asked:
     gpus: int | None = None
     queue: bool = False
     environment: str | None = None
+    rents: dict[str, Any] = field(default_factory=dict)
+    """What is asked of a machine to be rented for it; empty: nothing is."""
+    terminate: bool = False
+    keep_on_failure: float = 0.0
+    """Minutes."""
 
 
 def command(words: tuple[str, ...]) -> spec.Job:
@@ -106,6 +111,9 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
         gpus=asked.gpus,
         queue=asked.queue,
         environment=None if environment == "none" else environment,
+        rents=asked.rents,
+        terminate=asked.terminate,
+        keep_on_failure_minutes=asked.keep_on_failure,
     )
     return runs.create(record, document, packed)
 

@@ -186,11 +186,12 @@ class SshMachine:
 
     patience_s = 600.0
 
-    def __init__(self, folder: Path, root: Path, python: str) -> None:
+    def __init__(self, folder: Path, root: Path, python: str, is_gone: Callable[[], bool] = lambda: False) -> None:
         self.name = folder.name
         self.folder = folder
         self.root = root
         self.python = python
+        self.is_gone = is_gone
         self._mine = threading.local()
         self._all: list[paramiko.SSHClient] = []
         self._given_up = threading.Event()

@@ -78,6 +78,10 @@ class Machine(Protocol):
         """Give up all that goes on, in every thread, for good: somebody does not want to wait any more."""
         ...
 
+    def is_gone(self) -> bool:
+        """Whether it is surely no more, by the word of whoever rents it out; asked when it does not answer."""
+        ...
+
     def push_agent(self, store: Path, name: str) -> None:
         """Have the code snapshot `name` under `agent/<name>`; nothing is sent twice."""
         ...
@@ -221,9 +225,10 @@ class ForgottenMachine:
     patience_s = 0.0
     python = ""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, is_gone: Callable[[], bool] = lambda: False) -> None:
         self.name = name
         self.root = Path("/")
+        self.is_gone = is_gone
 
     def _unknown(self, *_: object, **__: object) -> NoReturn:
         raise NotReachable(
@@ -249,6 +254,10 @@ class LocalMachine:
     def __init__(self, root: Path, python: str = sys.executable) -> None:
         self.root = root
         self.python = python
+
+    def is_gone(self) -> bool:
+        """See Machine."""
+        return False
 
     def call(self, words: list[str], data: Data, deadline_s: float = CALL_DEADLINE_S) -> bytes:
         """See Machine."""

@@ -80,7 +80,7 @@ def launch(name: str | None, **how: Any) -> None:
               gpu launch box --type gpu_1x_h100_pcie --max-hours 3
     """
     say = output.progress(how["quiet"])
-    _enforced(say)
+    enforced(say)
     asked = renting.wish(how)
     account, offer = renting.plan(asked)
     for line in renting.in_words(asked, offer):
@@ -132,14 +132,14 @@ def wait(name: str | None, **how: Any) -> None:
     \b
     Example:  gpu wait
     """
-    _enforced(output.progress(how["quiet"]))
+    enforced(output.progress(how["quiet"]))
     rental = rentals.choose(name)
     if rental.record.state in rentals.ENDED:
         raise renting.gone(rental)
     go_on(rental, how)
 
 
-def _enforced(say: Any) -> None:
+def enforced(say: Any) -> None:
     """Give back what is past its caps before anything else; trouble with that is said, and stops nothing."""
     for error in enforcing.enforce(say):
         click.echo(f"{error.message}\n{error.hint}", err=True)

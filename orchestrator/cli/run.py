@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs import spec
-from orchestrator import advance, errors, journey, machines, planning, runs, sync, view
-from orchestrator.cli import completion, output, results
+from orchestrator import advance, errors, journey, machines, planning, runs, sync, tenancy, view
+from orchestrator.cli import completion, output, results, wishes
+from orchestrator.cli.cloud import agree, enforced
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 from orchestrator.view import View
 
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
+
 _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
 AFTER = "gpu.after"
 """Where the words after `--` are kept while a command line is parsed."""
-_ASKED = ("settings", "limit", "needs", "outs", "env_names", "gpus", "queue", "environment")
+_ASKED = (
+    "settings",
+    "limit",
+    "needs",
+    "outs",
+    "env_names",
+    "gpus",
+    "queue",
+    "environment",
+    "terminate",
+    "keep_on_failure",
+)
 _WISH = ("machine", "take_over", "queue", "new_code")
 
 
@@ -55,9 +71,15 @@ class Command(click.Command):
 @click.option("--gpus", type=click.IntRange(min=1), help="How many GPUs of the machine it takes; else all.")
 @click.option("--queue", is_flag=True, help="Wait while others have the GPUs.")
 @click.option("--environment", type=click.Choice(spec.ENVIRONMENTS), help="What Python packages it gets there.")
+@wishes.need
+@wishes.caps
+@click.option("--terminate", is_flag=True, help="Give its machine back once all is home, after a failure too.")
+@click.option(
+    "--keep-on-failure", type=click.FloatRange(0, 1440), default=0.0, metavar="MIN", help="Then keep it so long."
+)
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
-@click.option("--dry-run", is_flag=True, help="Check dataset and prompts; generate nothing.")
-@click.option("-y", "--yes", is_flag=True, help="Send more than 2 GB without asking.")
+@click.option("--dry-run", is_flag=True, help="Check dataset and prompts; generate and rent nothing.")
+@click.option("-y", "--yes", is_flag=True, help="Rent, or send more than 2 GB, without asking.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_context
@@ -67,17 +89,67 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
     \b
     Example:  gpu run eval-gsm8k --limit 20
               gpu run eval-gsm8k --on box --set model=Qwen/Qwen2.5-0.5B-Instruct
+              gpu run eval-gsm8k --gpu A100 --budget 5 --terminate
               gpu run --on box --out 'results/*.jsonl' -- python scripts/diagnose.py --deep
     """
     job = _job(name, ctx.meta[AFTER])
-    asked = planning.Asked(machine=machines.choose(how["machine"]), **{key: how[key] for key in _ASKED})
+    enforced(output.progress(how["quiet"]))
+    rents = _is_rented(how)
+    machine = machines.LOCAL if rents else machines.choose(how["machine"])
+    asked = planning.Asked(machine=machine, **{key: how[key] for key in _ASKED})
     document = planning.request(asked, job)
-    if how["dry_run"]:
+    if rents:
+        asked = _rented(asked, document, how)
+    elif how["dry_run"]:
         _show_check(planning.check(document), how["as_json"])
+    if how["dry_run"]:
         return
     started = planning.begin(document, asked, job, size_guard(how["yes"]))
     _announce(started, how, started.record.machine)
     _carry(started, how)
+
+
+def _is_rented(how: dict[str, Any]) -> bool:
+    """Whether a machine is to be rented; UsageError when one that is there is asked for as well."""
+    rents = bool(how["gpu"] or how["type_name"])
+    if rents and how["machine"] is not None:
+        raise errors.UsageError("Say either --on NAME or what to rent, not both. Nothing was rented.")
+    return rents
+
+
+def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]) -> planning.Asked:
+    """What was asked, on a machine that is to be rented for it: looked at, agreed to, its record made; asks nobody yet.
+
+    In a dry run, only looked at.
+    """
+    from orchestrator import preflight, renting, tenancy
+
+    say = output.progress(how["quiet"])
+    looked = preflight.look(document)
+    _say_findings(looked, say, how)
+    wish = renting.wish(how)
+    wish = dataclasses.replace(wish, need=looked.need(wish.need))
+    account, offer = renting.plan(wish)
+    _say_findings(looked.against(offer), say, {**how, "as_json": False})
+    for line in renting.in_words(wish, offer):
+        say(line)
+    if how["dry_run"]:
+        return asked
+    agree("Rent it?", how["yes"])
+    name = tenancy.name_for(document["run_id"])
+    renting.rent(name, wish, account)
+    return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
+
+
+def _say_findings(looked: Preflight, say: Callable[[str], None], how: dict[str, Any]) -> None:
+    """Say what was found of the model; a finding that is an error ends here, before anything is rented."""
+    if how["dry_run"] and how["as_json"]:
+        output.document(looked.document())
+    for line in looked.lines():
+        say(line)
+    if looked.errors:
+        worst = looked.errors[0]
+        raise errors.ConfigError(f"{worst.message} Nothing was rented.", worst.hint)
 
 
 def _job(name: str | None, words: tuple[str, ...]) -> spec.Job:
@@ -100,11 +172,14 @@ def size_guard(yes: bool) -> Callable[[int], None]:
 @click.option(
     "--on", "machine", shell_complete=completion.machine, help="Go on on this machine; `local` is this computer."
 )
+@wishes.need
+@wishes.caps
 @click.option("--take-over", is_flag=True, help="Also when the old machine does not answer, or still works on it.")
 @click.option("--queue/--no-queue", default=None, help="Wait while others have the GPUs.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
 @click.option("--new-code", is_flag=True, help="Go on with the worker code installed now; recorded in run.json.")
-@click.option("-y", "--yes", is_flag=True, help="Send more than 2 GB without asking.")
+@click.option("--terminate", is_flag=True, default=None, help="Give its machine back once all is home.")
+@click.option("-y", "--yes", is_flag=True, help="Rent, or send more than 2 GB, without asking.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def resume(name: str | None, **how: Any) -> None:
@@ -113,8 +188,12 @@ def resume(name: str | None, **how: Any) -> None:
     \b
     Example:  gpu resume
               gpu resume 20261120-eval-gsm8k-tiny-3f9c --on otherbox
+              gpu resume --gpu H100 --terminate
     """
+    enforced(output.progress(how["quiet"]))
     found = runs.find(name)
+    if _is_rented(how):
+        how["machine"] = _rented_again(found, how)
     _announce(found, how, machines.choose(how["machine"]) if how["machine"] else found.record.machine)
     try:
         with _leaving(found):
@@ -123,7 +202,20 @@ def resume(name: str | None, **how: Any) -> None:
     except (errors.GpuError, click.exceptions.Exit):
         _show_outcome(found, how)
         raise
+    if how["terminate"] is not None and found.record.state != "sealed":
+        found.save(terminate=how["terminate"])
     _carry(found, how)
+
+
+def _rented_again(found: Run, how: dict[str, Any]) -> str:
+    """The name of a machine that is to be rented for a run there is already; nobody is asked for it yet."""
+    from orchestrator import tenancy
+
+    asked = planning.Asked(machine=machines.LOCAL, settings={})
+    document = {**found.job(), "run_id": f"again-{tenancy.next_name(found)}"}
+    rented = _rented(asked, document, {**how, "dry_run": False})
+    found.save(rents=rented.rents)
+    return rented.machine
 
 
 def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
@@ -136,18 +228,33 @@ def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
 
 def _carry(run: Run, how: dict[str, bool]) -> None:
     """Bring the run home (or, detached, just started) and print how it stands."""
+    say = output.progress(how["quiet"] or how["as_json"])
+    failure: errors.GpuError | None = None
     try:
-        with _leaving(run), _watching(run, how) as news:
-            if how["detach"]:
-                journey.set_off(run, news)
-            else:
-                journey.go(run, news, _waiting(run))
+        with _leaving(run):
+            tenancy.carry(run, lambda: _go(run, how), say)
+    except errors.GpuError as error:
+        failure = error
     finally:
         _show_outcome(run, how)
+    if not how["detach"]:
+        with _leaving(run):
+            tenancy.after(run, say)
+    if failure:
+        raise failure
     for left in journey.gather(run) if run.record.former else ():
         click.echo(f"{left} did not answer, and may still work on {run.run_id}; ask again: gpu pull", err=True)
     if run.record.state in runs.ENDED:
         advance.raise_if_not_done(run)
+
+
+def _go(run: Run, how: dict[str, bool]) -> None:
+    """Bring it home, or only have it set off, with what a person sees meanwhile."""
+    with _watching(run, how) as news:
+        if how["detach"]:
+            journey.set_off(run, news)
+        else:
+            journey.go(run, news, _waiting(run))
 
 
 def _show_outcome(run: Run, how: dict[str, bool]) -> None:

@@ -1,0 +1,133 @@
+"""A run that rents its own machine: ready before it starts, another when it vanishes, given back when it is home."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+from orchestrator import clock, guarding, inventory, journey, ledger, providers, rentals, renting, returning
+from orchestrator.errors import GpuError, MachineGone, MayCost, NotReachable
+from orchestrator.providers.base import Need
+from orchestrator.rentals import ENDED, Caps, Rental
+from orchestrator.renting import Wish
+from orchestrator.runs import Run
+
+_MACHINES_MAX = 4
+"""How many machines one command rents for a run, one after the other, before it gives up."""
+_NAME_MAX = 56
+Say = Callable[[str], None]
+
+
+def name_for(run_id: str) -> str:
+    """What the machine that is rented for a run is called: as the run, without its date."""
+    return run_id.partition("-")[2][-_NAME_MAX:].strip("-._") or "machine"
+
+
+def next_name(run: Run) -> str:
+    """What a further machine of the run is called."""
+    base, taken = name_for(run.run_id), {rental.name for rental in rentals.known()}
+    return next(f"{base}-{number}" for number in range(2, len(taken) + 3) if f"{base}-{number}" not in taken)
+
+
+def document(wish: Wish) -> dict[str, Any]:
+    """A wish as the run's record keeps it, so that another machine can be rented by it."""
+    return asdict(wish)
+
+
+def _wish(run: Run) -> Wish | None:
+    kept = run.record.rents
+    if not kept:
+        return None
+    return Wish(Need(**kept["need"]), Caps(**kept["caps"]), kept["provider"], kept["python"], kept["wait_capacity"])
+
+
+def begin(name: str, wish: Wish) -> None:
+    """Make the record of the machine a run will have; nothing is asked of anybody yet but what is offered."""
+    account, _ = renting.plan(wish)
+    renting.rent(name, wish, account)
+
+
+def carry(run: Run, go: Callable[[], None], say: Say) -> None:
+    """Have the run's machine ready, and take `go` with the run there; when the machine vanishes, on another one.
+
+    **May spend money**, within the caps the run was started with. Raises GpuError.
+    """
+    for _ in range(_MACHINES_MAX):
+        renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
+        try:
+            go()
+        except MachineGone:
+            journey.machine_is_gone(run)
+        except NotReachable as error:
+            if not _give_up(run, error, say):
+                raise
+        run.reload()
+        if run.record.state != "lost" or not rentals.is_gone(run.record.machine) or not elsewhere(run, say):
+            return
+
+
+def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
+    """End a machine rented for this run that does not answer, and has not for minutes; whether that was done."""
+    rental = rentals.find(run.record.machine)
+    if rental is None or not run.record.rents or rental.record.state != "ready":
+        return False
+    say(f"{error.message} It is given back, and the run goes on elsewhere.")
+    with rental.locked():
+        returning.end(rental, providers.open(rental.record.provider), say)
+        rental.save(state="lost", failure="it did not answer any more")
+    return True
+
+
+def elsewhere(run: Run, say: Say) -> bool:
+    """Make the record of another machine for a run whose own is gone, within its caps; whether it did."""
+    wish = _wish(run)
+    if wish is None:
+        return False
+    base, name = name_for(run.run_id), next_name(run)
+    spent = sum(
+        lease.usd() for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")
+    )
+    if wish.caps.budget_usd is not None:
+        if spent >= wish.caps.budget_usd:
+            say(f"{run.run_id}: its budget of {wish.caps.budget_usd:.2f} USD is spent; nothing more is rented for it.")
+            return False
+        wish = replace(wish, caps=replace(wish.caps, budget_usd=wish.caps.budget_usd - spent))
+    say(f"{run.record.machine} is gone; {run.record.rows_home} rows are home. Going on on another machine.")
+    begin(name, wish)
+    journey.move(run, journey.Wish(machine=name, take_over=True))
+    return True
+
+
+def after(run: Run, say: Say) -> None:
+    """Give the run's machine back, if that was asked for and the run has ended; after a failure once its time is over.
+
+    Raises MayCost while it may still cost money.
+    """
+    rental = rentals.find(run.record.machine)
+    if rental is None or not run.record.terminate or rental.record.state in ENDED:
+        return
+    if run.record.state not in ("sealed", "failed", "stopped", "lost"):
+        return
+    minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
+    if minutes:
+        _keep(rental, minutes, say)
+    if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
+        say(f"{rental.name} is kept: {', '.join(others)} is there too.")
+        return
+    try:
+        with rental.locked():
+            returning.give_back(rental, providers.open(rental.record.provider), say)
+    except GpuError as error:
+        raise MayCost(error.message, error.hint) from None
+    for line in returning.receipt(rental):
+        say(line)
+
+
+def _keep(rental: Rental, minutes: float, say: Say) -> None:
+    """Wait before a machine is given back, so that somebody can look; the deadline holds if this process dies."""
+    until = clock.timestamp() + minutes * 60
+    rental.save(deadline=min(until, rental.record.deadline or until))
+    say(f"{rental.name} is kept until {guarding.moment(rental.record.deadline)}: gpu ssh {rental.name}")
+    while (left := (rental.record.deadline or until) - clock.timestamp()) > 0:
+        clock.sleep(min(left, 5.0))

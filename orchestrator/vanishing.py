@@ -1,0 +1,51 @@
+"""Rented machines that vanish: gone by their provider's own word, twice, or unhealthy for too long, and ended."""
+
+from __future__ import annotations
+
+from orchestrator import clock, providers, rentals, returning
+from orchestrator.errors import GpuError
+from orchestrator.rentals import ENDED, Rental
+
+_TWICE_S = 5.0
+_UNHEALTHY_S = 300.0
+_UNHEALTHY_SINCE: dict[str, float] = {}
+"""Markers of machines that did not answer and were called unhealthy, with when that was first seen by this process."""
+
+
+def is_gone(name: str) -> bool:
+    """Whether a machine that does not answer is surely no more. False for one that is not rented: who would know?"""
+    rental = rentals.find(name)
+    if rental is None:
+        return False
+    if rental.record.state in ENDED:
+        return True
+    if rental.record.state != "ready" or rental.record.instance_id is None:
+        return False
+    try:
+        with rental.locked():
+            return _is_gone(rental)
+    except GpuError:  # what cannot be asked is not known to be gone
+        return False
+
+
+def _is_gone(rental: Rental) -> bool:
+    if rental.record.state in ENDED:
+        return True
+    provider = providers.open(rental.record.provider)
+    for _ in range(2):
+        found = provider.get(rental.record.instance_id or "")
+        if found is not None and found.state == "unhealthy" and _for_long(rental):
+            returning.end(rental, provider, lambda _: None)
+            rental.save(state="lost", failure="its provider called it unhealthy, and it did not answer")
+            return True
+        if found is not None and found.state != "gone":
+            return False
+        clock.sleep(_TWICE_S)
+    rental.is_gone("lost", "its provider says that it is no more")
+    returning.tidy(rental, provider)
+    return True
+
+
+def _for_long(rental: Rental) -> bool:
+    since = _UNHEALTHY_SINCE.setdefault(rental.record.marker, clock.monotonic())
+    return clock.monotonic() - since > _UNHEALTHY_S
