@@ -155,7 +155,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     ("fault", "how", "said"),
     [
         ("boot-unhealthy", {}, "unhealthy"),
-        ("vanishes", {}, "vanished"),
+        ("vanishes", {"seconds": 0.3}, "a10 "),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
         ("smi-wrong-count", {"detail": 2}, "2 GPUs"),
@@ -167,7 +167,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
     """What is not what was paid for goes back, with words that say why, and the next offer is tried."""
     quick.fault(fault, **how)
-    launched = gpu(*A10, waits={"readiness__GPU_S": 1.5, "readiness__SSH_S": 1.5})
+    launched = gpu(*A10, waits={"readiness__GPU_S": 1.5, "readiness__SSH_S": 1.5, "readiness__LISTED_S": 1.5})
     assert launched.returncode == 0, launched.stderr
     assert said in launched.stderr
     bad, good = quick.core.ours()
