@@ -137,9 +137,8 @@ def tidy(rental: Rental, provider: Provider) -> None:
             rental.save(key_name="")
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
-    (rental.folder / "machine.json").unlink(missing_ok=True)
-    (rental.folder / "key").unlink(missing_ok=True)
-    (rental.folder / "host_key").unlink(missing_ok=True)
+    for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # host_key.pub says: all four are there
+        (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
         journey.machine_is_gone(runs.find(name))
 
