@@ -81,7 +81,8 @@ def refresh(name: str | None) -> None:
     for rental in rentals.known():
         if name in (None, rental.name) and rental.may_cost and rental.record.instance_id:
             found = providers.open(rental.record.provider).get(rental.record.instance_id)
-            rental.save(raw_state=found.raw_state if found else "not listed")
+            if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
+                rental.save(raw_state=found.raw_state if found else "not listed")
 
 
 def warnings() -> list[str]:

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
+    GpuError,
     LaunchFailed,
     LaunchUnknown,
+    MayCost,
     NoCapacity,
     ProviderDown,
     RateLimited,
@@ -23,7 +25,8 @@ _BAD_MACHINES_MAX = 4
 _REQUESTS_MAX = 40
 _CAPACITY_EVERY_S = 30.0
 _CAPACITY_LOOKS_MAX = 20_000
-_LIMITED_S = 15.0
+_LIMITED_S = 45.0
+"""Providers have been seen to list a machine only half a minute after they made it."""
 _LIMIT = "rate limit"
 """Stands for an offer among what was tried: no offer is excluded by it, but it counts."""
 BAD = "bad: "
@@ -32,10 +35,10 @@ Say = Callable[[str], None]
 
 
 def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
-    """Go on with a machine until it is ready, from wherever it stands. **Spends money**, once for each request.
+    """Go on with a machine until it is ready, or ended, from wherever it stands. **Spends money**, once a request.
 
     Raises NoCapacity, Refused, AuthRejected, ProviderDown (nothing is rented), LaunchFailed (it was given back),
-    LaunchUnknown and NotReturned (something may cost money; the record says what). Dying anywhere in it leaves a
+    LaunchUnknown and other MayCost (something may cost money; the record says what). Dying anywhere in it leaves a
     record that `launch` goes on with, or `gpu audit --fix` gives back.
     """
     while rental.record.state not in ("ready", *ENDED):
@@ -124,9 +127,9 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     except NoCapacity as error:
         say(f"  {offer.offer_id}: {error.message}")
         _came_to_nothing(rental, "no capacity")
-    except RateLimited:  # a limit hit around a launch has left machines behind: it is looked for, once
+    except RateLimited:  # a limit hit around a launch has left machines behind: it is looked for before the next one
         clock.sleep(_LIMITED_S)
-        if not outcome.take_over(rental, provider):
+        if not outcome.is_found(rental, provider):
             tried = [*rental.record.tried, {"offer": _LIMIT, "why": "asked too often"}]
             rental.save(state="planned", tried=tried)
     except (Refused, AuthRejected, ProviderDown) as error:
@@ -163,6 +166,8 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     """Up to ready; a machine that is not worth keeping is given back, its offer excluded, and another one tried."""
     try:
         readiness.climb(rental, provider, say)
+    except (AuthRejected, Refused) as error:
+        raise _costs(rental, error) from None
     except LaunchFailed as error:
         say(f"  {error.message} It is given back.")
         returning.end(rental, provider, say)
@@ -172,3 +177,12 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
         rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
         if bad >= _BAD_MACHINES_MAX:
             raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None
+
+
+def _costs(rental: Rental, error: GpuError) -> MayCost:
+    """The error of a machine whose provider says no while it comes up: nothing was rented by that, but before."""
+    price = rental.price_usd_per_hour or 0.0
+    return MayCost(
+        f"{error.message} {rental.name} (instance {rental.record.instance_id}) is rented and COSTS {price:.2f} USD/h.",
+        f"Carry on: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}",
+    )

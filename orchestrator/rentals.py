@@ -140,6 +140,11 @@ class Rental:
 
     def exists(self, instance_id: str) -> None:
         """Take over that the newest request has become an instance: its cost is in the ledger before it is believed."""
+        self.costs(instance_id)
+        self.save(state="booting", instance_id=instance_id, launched_at=clock.now())
+
+    def costs(self, instance_id: str) -> None:
+        """Note in the ledger that an instance costs money, from when it was asked for."""
         record = self.record
         ledger.open_lease(
             ledger.Lease(
@@ -152,7 +157,6 @@ class Rental:
                 what=self.in_words(),
             )
         )
-        self.save(state="booting", instance_id=instance_id, launched_at=clock.now())
 
     def is_gone(self, state: str = "gone", why: str = "") -> None:
         """Take over that the provider said, twice, that the instance is gone: it costs no more."""
@@ -246,8 +250,11 @@ def choose(name: str | None) -> Rental:
     return open_ones[0]
 
 
-def create(name: str, provider: str, terms: Terms) -> Rental:
-    """Make the folder of a machine that is to be rented; UsageError when the name is taken by one that is not gone."""
+def create(name: str, provider: str, terms: Terms, **found: Any) -> Rental:
+    """Make the folder of a machine that is to be rented; UsageError when the name is taken by one that is not gone.
+
+    `found`: fields of the record of one that is rented already, and costs money.
+    """
     machines.check_name(name)
     with machines.locked():
         folder = machines.folder(name)
@@ -263,7 +270,9 @@ def create(name: str, provider: str, terms: Terms) -> Rental:
             machines.remove(name)
         durable.have_folder(folder)
         need, caps = asdict(terms.need), asdict(terms.caps)
-        record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard)
+        record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard, **found)
         rental = Rental(folder, record)
+        if record.instance_id is not None:
+            rental.costs(record.instance_id)
         rental.save()
     return rental

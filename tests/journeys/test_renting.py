@@ -67,7 +67,11 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     facts = {"name": "box", "provider": "lambda", "state": "ready", "raw_state": "active", "gpu": "1x A10 PCIe"}
     facts |= {"price_usd_per_hour": 0.75, "instance_id": instance.instance_id, "runs": [], "reachable": True}
     assert facts.items() <= entry.items()
-    assert entry["ssh"] == {"user": "ubuntu", "host": instance.address, "port": quick.machine(entry["instance_id"]).sshd.port}
+    assert entry["ssh"] == {
+        "user": "ubuntu",
+        "host": instance.address,
+        "port": quick.machine(entry["instance_id"]).sshd.port,
+    }
     assert entry["guard"]["armed"]
     assert entry["cost_usd"] > 0
     said = gpu("exec", "box", "--", "sh", "-c", 'echo "$1" "$USER"', "sh", "it's here")
@@ -80,7 +84,9 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     assert billing(quick) == []
     assert quick.core.account.keys == {}
     costs = document("cost")
-    assert [(entry["name"], entry["provider"], entry["open"]) for entry in costs["machines"]] == [("box", "lambda", False)]
+    assert [(entry["name"], entry["provider"], entry["open"]) for entry in costs["machines"]] == [
+        ("box", "lambda", False)
+    ]
     assert costs["total_usd"] >= float(quick.core.cents()) / 100 - 1e-4
     assert gpu("audit").returncode == 0
     assert gpu("clean", "-y").returncode == 0
