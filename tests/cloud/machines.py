@@ -69,7 +69,8 @@ class Machine:
     def __init__(self, folder: Path, instance: Instance, port: int) -> None:
         self.instance = instance
         self.folder = folder
-        self.sshd = Sshd(folder, inside=_as_ubuntu(folder))
+        self._as_ubuntu = _as_ubuntu(folder)
+        self.sshd = Sshd(folder, inside=self._as_ubuntu)
         self.sshd.user = USER
         self.sshd.address, self.sshd.port = instance.address, port
         self.root = folder / "root"
@@ -201,6 +202,7 @@ class Machine:
         path.chmod(0o700)
         environment = {"PATH": self._path, "HOME": str(self.root / "root"), MARK: self.sshd.name, "SHELL": "/bin/sh"}
         environment |= {"LD_LIBRARY_PATH": str(self.folder / "lib"), "LANG": "C.UTF-8"}
+        environment |= dict(word.split("=", 1) for word in self._as_ubuntu[1:])  # `ubuntu` is known there
         with (self.root / "var/log/cloud-init-output.log").open("ab") as log:
             return subprocess.Popen(
                 [str(path)],
