@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jobs import locks
 from orchestrator import advance, clock, delivery, follow, machines, planning, rentals
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
@@ -126,6 +124,7 @@ def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) ->
                 f"If that machine is surely gone: gpu resume {run.run_id} --on … --take-over. What it still made "
                 "comes home when it answers again.",
             ) from None
+        advance.from_mirror(run, arrivals, _unseen)
         return False
     if run.record.state == "running" or advance.is_unsettled(run, machine.name):
         raise UsageError(
@@ -228,21 +227,19 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
     return True
 
 
-def machine_is_gone(run: Run) -> None:
+def machine_is_gone(run: Run, name: str) -> None:
     """Take over that a machine of the run is no more, unless another process follows the run: that one will."""
-    lock = locks.take(run.home.lock)
-    if lock is not None:
-        try:
-            run.reload()
-            advance.machine_is_gone(run)
-        finally:
-            os.close(lock)
+    _taken(run, _unseen, _gone, name)
+
+
+def _gone(run: Run, _machine: Machine, arrivals: Arrivals, news: News) -> None:
+    advance.machine_is_gone(run, arrivals, news)
 
 
 def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     """Bring home what there is and take over how the run stands, without waiting for its end."""
     if rentals.is_gone(machine.name):
-        advance.machine_is_gone(run)
+        advance.machine_is_gone(run, arrivals, news)
         return
     if run.record.state in ("pushed", "running"):
         end = follow.pull(run, machine, arrivals, follow.NOW, news)

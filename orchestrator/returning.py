@@ -149,7 +149,7 @@ def tidy(rental: Rental, provider: Provider) -> None:
     ):  # a launch makes all or none of the keys
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
-        journey.machine_is_gone(runs.find(name))
+        journey.machine_is_gone(runs.find(name), rental.name)
 
 
 def receipt(rental: Rental) -> list[str]:

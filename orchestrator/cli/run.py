@@ -73,6 +73,7 @@ class Command(click.Command):
 @click.option("--environment", type=click.Choice(spec.ENVIRONMENTS), help="What Python packages it gets there.")
 @wishes.need
 @wishes.caps
+@click.option("--mirror", metavar="PATH|hf://REPO", default="", help="Where else its rows are kept while it goes on.")
 @click.option("--terminate", is_flag=True, help="Give its machine back once all is home, after a failure too.")
 @click.option(
     "--keep-on-failure", type=click.FloatRange(0, 1440), default=0.0, metavar="MIN", help="Then keep it so long."
