@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import guarding, idleness, journey, outcome, providers, rentals, returning, runs
+from orchestrator import guarding, idleness, journey, notices, outcome, providers, rentals, returning, runs
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
 
@@ -21,6 +21,7 @@ def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
         try:
             if guarding.is_past(rental):
                 say(f"{rental.name} is past its deadline of {guarding.moment(rental.record.deadline)}")
+                notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, providers.open(rental.record.provider), say)
             elif thoroughly and rental.record.state == "ready" and (why := idleness.too_long(rental)):

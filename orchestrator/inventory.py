@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import guarding, ledger, machines, providers, rentals, runs
+from orchestrator import guarding, machines, providers, rentals, runs
 from orchestrator.errors import GpuError
 from orchestrator.machines import Record
 from orchestrator.rentals import Rental
@@ -54,7 +54,7 @@ def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
         "launched_at": record.launched_at,
         "ssh": address,
         "guard": guarding.document(rental),
-        "cost_usd": round(sum(lease.usd() for lease in ledger.leases() if lease.machine == record.name), 4),
+        "cost_usd": rental.usd(),
         "runs": on_it,
         "reachable": known.get("reachable"),
         "last_seen": known.get("last_seen"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, first_boot, money, offers, outcome, readiness, returning
+from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
@@ -66,6 +66,8 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
             found = offers.suitable(provider.offers(rental.need()), rental.need())
             left = [offer for offer in found if not _was_tried(rental, offer)]
             if left:
+                if look:
+                    notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
                 money.check(left[0], rental.caps(), provider.boot_minutes[left[0].count > 1])
                 return left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
@@ -109,7 +111,7 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     hours = rental.caps().hours(offer.price_usd_per_hour)
     deadline = asked_at + hours * 3600 if hours is not None else None
     rental.save(key_name=key_name, deadline=deadline)
-    order = _order(rental, marker)
+    order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
     rental.save(
         state="launching",
@@ -137,16 +139,18 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
         say(f"  {error.message} Looking for it by its marker; it is never asked for again.")
 
 
-def _order(rental: Rental, marker: str) -> Order:
+def _order(rental: Rental, provider: Provider, marker: str) -> Order:
     record = rental.record
     tags = {MARKER_TAG: marker, "gpu-name": record.name, "gpu-idle-minutes": _tag(rental.caps().idle_minutes)}
     tags |= {"gpu-deadline": _tag(record.deadline), "gpu-guard": record.guard}
-    return Order(marker, record.key_name, _first_boot(rental), tags)
+    return Order(marker, record.key_name, _first_boot(rental, provider, marker), tags)
 
 
-def _first_boot(rental: Rental) -> str:
-    private, public = (rental.folder / name for name in ("host_key", "host_key.pub"))
-    return first_boot.text(private.read_text(encoding="ascii"), public.read_text(encoding="ascii"))
+def _first_boot(rental: Rental, provider: Provider, marker: str) -> str:
+    """The host key made for the machine, and, where its user chose that, the guard with the account's key."""
+    private, public = ((rental.folder / name).read_text(encoding="ascii") for name in ("host_key", "host_key.pub"))
+    guard = guarding.on_machine(rental, provider, marker) if rental.record.guard == "on-machine" else None
+    return first_boot.user_data(first_boot.HostKey(private, public), guard)
 
 
 def _tag(value: float | None) -> str:

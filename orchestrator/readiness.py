@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import durable
-from orchestrator import clock, enrolment, ssh, ssh_config
+from orchestrator import clock, delivery, enrolment, guarding, machines, on_machine, ssh, ssh_config
 from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
@@ -26,6 +26,7 @@ _KEY_PATIENCE_S = 90.0
 """How long the image may take to put the host key in place that it was given."""
 _CALL_S = 30.0
 _GPU_S = 240.0
+_GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
 _GPUS = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -102,6 +103,8 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))
     up.rung("has disk space", "1 s", lambda: _has_space(up))
     up.rung("can be used", "2 s", lambda: _is_admitted(up))
+    if rental.record.guard == "on-machine":
+        up.rung("its guard is armed", "2 s", lambda: _guarded(up))
     rental.save(state="ready", ready_at=clock.now())
 
 
@@ -240,6 +243,22 @@ def _initialises(up: _Climb, offer: Offer) -> str:
         return "" if said == "0" else None
 
     return up.until(look, _GPU_S, "CUDA does not initialise")
+
+
+def _guarded(up: _Climb) -> str:
+    """A guard that was asked for and cannot be read back is none: the machine is not kept."""
+
+    def look() -> str | None:
+        try:
+            with machines.at(up.rental.name) as machine:
+                told = on_machine.view(machine, delivery.prepared_agent(machine))
+        except GpuError as error:
+            up.last = error.message
+            return None
+        up.last = str(told.get("last_error") or "")
+        return guarding.in_words(up.rental) if told["alive"] else None
+
+    return up.until(look, _GUARD_S, "its guard is not armed")
 
 
 def _has_space(up: _Climb) -> str:

@@ -84,6 +84,8 @@ class Record:
     """Offers that came to nothing: `offer`, and `why`."""
     python: str | None = None
     """The interpreter asked for with --python."""
+    is_told: bool = False
+    """Whether it was said that most of its budget is spent."""
     failure: str = ""
 
 
@@ -114,6 +116,10 @@ class Rental:
         """Of the machine it is, or was asked to be."""
         price = self.record.offer.get("price_usd_per_hour")
         return float(price) if price is not None else None
+
+    def usd(self) -> float:
+        """What it has cost so far, all of its instances, in USD; an estimate that rounds up."""
+        return round(sum(lease.usd() for lease in ledger.leases() if lease.machine == self.name), 4)
 
     @property
     def may_cost(self) -> bool:

@@ -167,24 +167,23 @@ class _Lines:
 
 @contextlib.contextmanager
 def _live(tally: Tally) -> Iterator[View]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    """One line that is drawn anew, at most so many times a second; notes stand above it."""
+    from tqdm import tqdm
 
-    columns = [
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("rows home {task.fields[more]}", markup=False),
-    ]
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True) as progress:
-        bar = progress.add_task("starting", total=None, more="")
+    tqdm.monitor_interval = 0  # no thread that draws by itself
+    shape = "{desc} {bar} {n_fmt}/{total_fmt} rows home{postfix}"
+    with tqdm(file=sys.stderr, bar_format=shape, leave=False, dynamic_ncols=True, desc="starting") as bar:
+        drawn_at = 0.0
 
         def view(frame: dict[str, Any], data: bytes) -> None:
+            nonlocal drawn_at
             if words := spoken(frame):
-                progress.console.print(words, markup=False, highlight=False)
-            if tally.take(frame, data):
-                more = " · ".join(tally.line().split(" · ")[2:])
-                progress.update(bar, description=tally.phase, completed=tally.home, total=tally.total, more=more)
+                bar.write(words, file=sys.stderr)
+            if tally.take(frame, data) and clock.monotonic() - drawn_at >= 1 / REFRESH_PER_SECOND:
+                drawn_at = clock.monotonic()
+                bar.total, bar.n = tally.total, tally.home
+                bar.set_description_str(tally.phase, refresh=False)
+                bar.set_postfix_str(" · ".join(tally.line().split(" · ")[2:]), refresh=False)
+                bar.refresh()
 
         yield view

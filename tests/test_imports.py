@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAPTOP_ONLY = ("click", "rich", "jinja2", "platformdirs", "orchestrator")
+LAPTOP_ONLY = ("click", "tqdm", "jinja2", "platformdirs", "requests", "tenacity", "orchestrator")
 MACHINE_ONLY = ("torch", "transformers", "peft", "datasets", "numpy", "worker")
 _SCRIPT = """
 import importlib, pkgutil, sys
@@ -60,12 +60,12 @@ def test_the_supervisor_needs_the_standard_library_only() -> None:
 
 
 def test_help_imports_little() -> None:
-    """`gpu --help` imports neither rich nor jinja2 nor any module of a command."""
+    """`gpu --help` imports neither tqdm nor jinja2 nor any module of a command."""
     script = (
         "import sys; from orchestrator import cli; sys.argv = ['gpu', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
-        "print([name for name in sys.modules if name in ('rich', 'jinja2', 'orchestrator.advance', 'asyncio')])"
+        "print([name for name in sys.modules if name in ('tqdm', 'jinja2', 'orchestrator.advance', 'asyncio')])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60

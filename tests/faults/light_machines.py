@@ -80,7 +80,9 @@ class Room:
 
 
 def _own_key(seed: str) -> str:
-    blob = b"".join(len(part).to_bytes(4, "big") + part for part in (_KIND.encode(), hashlib.sha256(seed.encode()).digest()))
+    blob = b"".join(
+        len(part).to_bytes(4, "big") + part for part in (_KIND.encode(), hashlib.sha256(seed.encode()).digest())
+    )
     return base64.b64encode(blob).decode()
 
 

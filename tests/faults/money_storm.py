@@ -384,5 +384,3 @@ def rage(world: World, seed: int) -> Laptop:
             world.clock.advance(chance.choice((0.0, 5.0, 60.0, 700.0, 4000.0)))
     end(laptop, chance.choice(list(WAYS_OUT)))
     return laptop
-
-

@@ -120,7 +120,9 @@ class World:
         self.judge(not others, f"{name} was asked for while {len(others)} of it cost money")
         record = durable.load_news(machines.folder(name) / "rental.json")
         kept = (record.get("state"), record.get("marker"), record.get("instance_id"))
-        self.judge(kept == ("launching", marker, None), f"a paid request was sent without its intent on the disk: {kept}")
+        self.judge(
+            kept == ("launching", marker, None), f"a paid request was sent without its intent on the disk: {kept}"
+        )
         deadline = record.get("deadline")
         told = "none" if deadline is None else str(int(deadline))
         self.judge(tags["gpu-deadline"] == told, f"the deadline told is {tags['gpu-deadline']}, not {told}")
