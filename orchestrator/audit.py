@@ -13,8 +13,6 @@ from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_
 from orchestrator.rentals import Caps, Rental, Terms
 
 _SAME_MAX = 100
-_NOTHING_AFTER_S = 600.0
-"""A request whose instance is in no list after so long made none."""
 Say = Callable[[str], None]
 
 
@@ -135,25 +133,10 @@ def _kept(errors: list[GpuError]) -> Any:
 def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: bool) -> None:
     rental = entry if isinstance(entry, Rental) else rebuild(provider, entry)
     with rental.locked():
-        if rental.record.state == "launching" and _made_nothing(provider, rental):
-            rental.is_gone("refused", "nothing came of the request")
-            return
         if discard:
             returning.at_deadline(rental, provider, say)
         else:
             returning.end(rental, provider, say)
-
-
-def _made_nothing(provider: Provider, rental: Rental) -> bool:
-    """Whether a request without an answer surely made nothing: it is old, and two lists are without its marker."""
-    if clock.timestamp() < (rental.record.asked_at or 0.0) + _NOTHING_AFTER_S:
-        return False
-    for look_again in (True, False):
-        if any(entry.marker == rental.record.marker for entry in provider.instances()):
-            return False
-        if look_again:
-            clock.sleep(5.0)
-    return True
 
 
 def rebuild(provider: Provider, instance: Instance) -> Rental:

@@ -53,11 +53,16 @@ def _enforced() -> None:
     enforcing.enforce(_quiet)
 
 
-def _launch() -> None:
+def _launch(*, until_rented: bool = False) -> None:
     _enforced()
     wish = Wish(Need(gpu="A100"), Caps(max_hours=HOURS))
     account, _ = renting.plan(wish)
-    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=False)
+    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=until_rented)
+
+
+def _rent() -> None:
+    """`gpu launch --no-wait`."""
+    _launch(until_rented=True)
 
 
 def _wait() -> None:
@@ -108,6 +113,7 @@ def _cron() -> None:
 
 COMMANDS: dict[str, Callable[[], None]] = {
     "launch": _launch,
+    "rent": _rent,
     "wait": _wait,
     "again": _again,
     "status": _status,
@@ -223,7 +229,7 @@ def by_audit(laptop: Laptop) -> None:
     laptop.until_well("audit")
     with laptop.at():
         remembered = {rental.record.instance_id: rental.record.state for rental in rentals.known()}
-    for one in laptop.world.core.still_billing():
+    for one in laptop.world.unended():
         state = remembered.get(one.instance_id)
         laptop.world.judge(state in ("booting", "ready"), f"after gpu audit --fix an instance costs money: {state}")
     laptop.until_well("terminate")
@@ -266,7 +272,7 @@ def end(laptop: Laptop, way_out: str) -> None:
     world.core.faults.clear()
     world.ssh_trouble = 0.0
     WAYS_OUT[way_out](laptop)
-    left = world.core.still_billing()
+    left = world.unended()
     world.judge(not left, f"LEAKED after {way_out}: {[(one.name, sorted(one.faults)) for one in left]}")
     _settle(laptop)
     for marker, count in world.core.per_name().items():
@@ -328,6 +334,8 @@ _DETAILS: dict[str, tuple[object, ...]] = {
     "odd-status": ("rebalancing",),
     "not-sent": (None, "silent"),
     "goes-unhealthy": (None, 30.0),
+    "doubled": ("both",),
+    "invisible": (None, "wholly"),
 }
 _SECONDS = {"invisible": 25.0, "hang": 400.0, "lost-hang": 400.0, "terminate-slow": 1500.0, "terminate-late": 1500.0}
 
@@ -358,7 +366,7 @@ def random_timings(world: World) -> Timings:
     )
 
 
-_TYPED = ("launch", "launch", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
+_TYPED = ("launch", "rent", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
 
 
 def rage(world: World, seed: int) -> Laptop:
@@ -372,7 +380,7 @@ def rage(world: World, seed: int) -> Laptop:
     with idle:
         for number in range(chance.randint(1, 5)):
             dies_at = chance.choice((None, chance.randint(1, 20), chance.randint(1, 80), chance.randint(1, 160)))
-            laptop.run("launch" if number == 0 else chance.choice(_TYPED), dies_at)
+            laptop.run(chance.choice(_TYPED[: 2 if number == 0 else None]), dies_at)
             world.clock.advance(chance.choice((0.0, 5.0, 60.0, 700.0, 4000.0)))
     end(laptop, chance.choice(list(WAYS_OUT)))
     return laptop

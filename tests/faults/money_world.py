@@ -97,6 +97,10 @@ class World:
         if not is_well:
             self.violations.append(what)
 
+    def unended(self) -> list[Instance]:
+        """Instances of ours that cost money, and will for ever."""
+        return [one for one in self.core.still_billing() if one.costs_until is None]
+
     def asked(self, method: str, path: str, body: Any) -> None:
         """Look at a request before it reaches the cloud."""
         if method == "POST" and path.endswith("/launch"):
