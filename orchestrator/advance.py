@@ -217,7 +217,7 @@ def _lost(run: Run, attempt: int) -> dict[str, str]:
 
 
 def machine_is_gone(run: Run, arrivals: Arrivals, news: News) -> None:
-    """Take over that a machine of the run is no more, by its provider's own word; what a mirror has comes home first."""
+    """Take over that a machine of the run is no more, by its provider's own word; a mirror is read first."""
     name = arrivals.copy.folder.name
     from_mirror(run, arrivals, news)
     if run.record.machine == name and run.record.state in ("pushed", "running"):
