@@ -117,6 +117,9 @@ def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) ->
             advance.stop(run, machine, advance.GRACE_S)
             _look(run, machine, arrivals, _unseen)
     except (NotReachable, HostKeyChanged, LoginRefused) as error:
+        if machine.is_gone():
+            advance.machine_is_gone(run, arrivals, _unseen)
+            return True
         if not take_over:
             raise type(error)(
                 f"{error.message} {run.run_id} may still run on {machine.name}: unreachable is not dead. Nothing was "
@@ -223,7 +226,9 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
                     step(run, machine, arrivals, news)
                 except NotReachable:
                     machines.note(machine.name, False)
-                    raise
+                    if step is _gone or not machine.is_gone():
+                        raise
+                    advance.machine_is_gone(run, arrivals, news)
     return True
 
 

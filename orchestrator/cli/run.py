@@ -26,18 +26,7 @@ _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
 AFTER = "gpu.after"
 """Where the words after `--` are kept while a command line is parsed."""
-_ASKED = (
-    "settings",
-    "limit",
-    "needs",
-    "outs",
-    "env_names",
-    "gpus",
-    "queue",
-    "environment",
-    "terminate",
-    "keep_on_failure",
-)
+_ASKED = tuple("settings limit needs outs env_names gpus queue environment mirror terminate keep_on_failure".split())
 _WISH = ("machine", "take_over", "queue", "new_code")
 
 
