@@ -26,7 +26,8 @@ _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
 AFTER = "gpu.after"
 """Where the words after `--` are kept while a command line is parsed."""
-_ASKED = tuple("settings limit needs outs env_names gpus queue environment mirror terminate keep_on_failure".split())
+_ASKED = ("settings", "limit", "needs", "outs", "env_names", "gpus", "queue", "environment", "mirror")
+_AFTERWARDS = ("terminate", "keep_on_failure")
 _WISH = ("machine", "take_over", "queue", "new_code")
 
 
@@ -86,7 +87,7 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
     enforced(output.progress(how["quiet"]))
     rents = _is_rented(how)
     machine = machines.LOCAL if rents else machines.choose(how["machine"])
-    asked = planning.Asked(machine=machine, **{key: how[key] for key in _ASKED})
+    asked = planning.Asked(machine=machine, **{key: how[key] for key in (*_ASKED, *_AFTERWARDS)})
     document = planning.request(asked, job)
     if rents:
         asked = _rented(asked, document, how)
