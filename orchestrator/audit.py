@@ -14,6 +14,8 @@ from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
 _NOTHING_AFTER_S = 600.0
 """A request whose instance is in no list after so long made none."""
+_TWICE_S = 5.0
+"""Between the two lists that are to be without it."""
 Say = Callable[[str], None]
 
 
@@ -130,7 +132,7 @@ def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: boo
     rental = entry if isinstance(entry, Rental) else rebuild(provider, entry)
     with rental.locked():
         if rental.record.state == "launching" and _made_nothing(provider, rental):
-            rental.save(state="refused", failure="nothing came of the request")
+            rental.is_gone("refused", "nothing came of the request")
             return
         if discard:
             returning.at_deadline(rental, provider, say)
@@ -146,7 +148,7 @@ def _made_nothing(provider: Provider, rental: Rental) -> bool:
         if any(entry.marker == rental.record.marker for entry in provider.instances()):
             return False
         if look_again:
-            clock.sleep(5.0)
+            clock.sleep(_TWICE_S)
     return True
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import guarding, ledger, machines, providers, rentals, runs
-from orchestrator.errors import GpuError
+from orchestrator import guarding, machines, providers, rentals, runs
+from orchestrator.errors import ConfigError, GpuError
 from orchestrator.machines import Record
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
@@ -54,7 +55,7 @@ def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
         "launched_at": record.launched_at,
         "ssh": address,
         "guard": guarding.document(rental),
-        "cost_usd": round(sum(lease.usd() for lease in ledger.leases() if lease.machine == record.name), 4),
+        "cost_usd": round(sum(lease.usd() for lease in rental.leases()), 4),
         "runs": on_it,
         "reachable": known.get("reachable"),
         "last_seen": known.get("last_seen"),
@@ -80,7 +81,15 @@ def refresh(name: str | None) -> None:
             ask(record)
     for rental in rentals.known():
         if name in (None, rental.name) and rental.may_cost and rental.record.instance_id:
-            found = providers.open(rental.record.provider).get(rental.record.instance_id)
+            _refresh(rental)
+
+
+def _refresh(rental: Rental) -> None:
+    """Ask where an instance stands, and note it, unless another command is at it: that one's record would be undone."""
+    instance_id = rental.record.instance_id or ""
+    found = providers.open(rental.record.provider).get(instance_id)
+    with contextlib.suppress(ConfigError), rental.locked():
+        if rental.record.instance_id == instance_id and rental.may_cost:
             rental.save(raw_state=found.raw_state if found else "not listed")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator import clock
-from orchestrator.errors import LaunchUnknown
+from orchestrator.errors import AuthRejected, LaunchUnknown, ProviderError
 from orchestrator.providers.base import Provider
 from orchestrator.rentals import Rental
 
@@ -16,25 +16,36 @@ Say = Callable[[str], None]
 
 
 def settle(rental: Rental, provider: Provider, say: Say) -> None:
-    """Find out what became of a request that got no answer; LaunchUnknown when the list stays without it."""
+    """Find out what became of a request that got no answer; LaunchUnknown when the list, or its provider, stays silent.
+
+    A provider that does not answer now says nothing about what it did then: it is asked again until the time is over.
+    """
     if rental.record.asked_at is None:
         rental.save(state="planned")
         return
-    until = rental.record.asked_at + SETTLED_S
-    while not take_over(rental, provider):
+    until, why = rental.record.asked_at + SETTLED_S, ""
+    while True:
+        try:
+            if take_over(rental, provider):
+                return
+            why = "No instance with that marker is listed."
+        except ProviderError as error:
+            why = error.message
+        except AuthRejected as error:
+            raise unknown(rental, provider, error.message) from None
         left = until - clock.timestamp()
         if left <= 0:
-            raise unknown(rental, provider)
+            raise unknown(rental, provider, why)
         say(f"  not listed yet; looking for {left:.0f} s more")
         clock.sleep(min(_LOOK_EVERY_S, left + 0.1))
 
 
-def unknown(rental: Rental, provider: Provider) -> LaunchUnknown:
+def unknown(rental: Rental, provider: Provider, why: str) -> LaunchUnknown:
     """The error of a request whose outcome is not known."""
     price = rental.price_usd_per_hour or 0.0
     return LaunchUnknown(
-        f"The request {rental.record.marker} for {rental.in_words()} got no answer, and no instance with that marker "
-        f"is listed. One that comes up late would cost {price:.2f} USD/h. Look at {provider.dashboard}",
+        f"The request {rental.record.marker} for {rental.in_words()} got no answer. {why} A machine that comes of it "
+        f"would cost {price:.2f} USD/h. Look at {provider.dashboard}",
         f"It is looked for by every command that follows. Later: gpu audit --fix, or gpu wait {rental.name}",
     )
 

@@ -67,7 +67,8 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     facts = {"name": "box", "provider": "lambda", "state": "ready", "raw_state": "active", "gpu": "1x A10 PCIe"}
     facts |= {"price_usd_per_hour": 0.75, "instance_id": instance.instance_id, "runs": [], "reachable": True}
     assert facts.items() <= entry.items()
-    assert entry["ssh"] == {"user": "ubuntu", "host": instance.address, "port": quick.machine(entry["instance_id"]).sshd.port}
+    port = quick.machine(instance.instance_id).sshd.port
+    assert entry["ssh"] == {"user": "ubuntu", "host": instance.address, "port": port}
     assert entry["guard"]["armed"]
     assert entry["cost_usd"] > 0
     said = gpu("exec", "box", "--", "sh", "-c", 'echo "$1" "$USER"', "sh", "it's here")
@@ -80,7 +81,8 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     assert billing(quick) == []
     assert quick.core.account.keys == {}
     costs = document("cost")
-    assert [(entry["name"], entry["provider"], entry["open"]) for entry in costs["machines"]] == [("box", "lambda", False)]
+    (spent,) = costs["machines"]
+    assert {"name": "box", "provider": "lambda", "open": False}.items() <= spent.items()
     assert costs["total_usd"] >= float(quick.core.cents()) / 100 - 1e-4
     assert gpu("audit").returncode == 0
     assert gpu("clean", "-y").returncode == 0
@@ -140,7 +142,7 @@ def test_rows_come_home_before_a_machine_goes(quick: Cloud, counting_run: Callab
 
 
 def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[..., Run]) -> None:
-    """With --discard a machine goes although a run works on it; the run keeps what is home, and says what became of it."""
+    """With --discard a machine goes although a run works on it; the run is told so, and keeps what is home."""
     assert gpu(*A10, "--python", sys.executable).returncode == 0
     run = counting_run(on="a10", count=400, pace_s=0.02)
     assert gpu("resume", run.run_id, "--detach").returncode == 0
@@ -179,7 +181,7 @@ def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: 
 
 
 def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
-    """When every machine is no good the launch ends with words, its exit code says that nothing is rented, and so it is."""
+    """When every machine is no good the launch ends, its exit code says that nothing is rented, and so it is."""
     quick.fault("boot-unhealthy", times=None)
     launched = gpu(*A10)
     assert launched.returncode == 4, launched.stderr
