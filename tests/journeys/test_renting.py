@@ -169,7 +169,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
     """What is not what was paid for goes back, with words that say why, and the next offer is tried."""
     quick.fault(fault, **how)
-    launched = gpu(*A10, waits={"readiness__GPU_S": 1.5, "readiness__SSH_S": 1.5, "readiness__LISTED_S": 1.5})
+    launched = gpu(*A10, waits={"readiness._GPU_S": 1.5, "readiness._SSH_S": 1.5, "readiness._LISTED_S": 1.5})
     assert launched.returncode == 0, launched.stderr
     assert said in launched.stderr
     bad, good = quick.core.ours()
@@ -195,7 +195,7 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")
-    launched = gpu(*A10, waits={"readiness__KEY_PATIENCE_S": 0.5})
+    launched = gpu(*A10, waits={"readiness._KEY_PATIENCE_S": 0.5})
     assert launched.returncode == 0, launched.stderr
     assert "first contact was NOT verified" in launched.stderr
     (instance,) = quick.core.ours()
