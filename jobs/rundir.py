@@ -187,6 +187,9 @@ class Run:
         self.digests = folder / "digests.json"  # the pull command: digests of large files, so that each is read once
         self.acknowledged = folder / "acknowledged.json"  # the acknowledge command, replaced: what is durable at home
         self.acknowledge_lock = folder / "acknowledge.lock"
+        self.mirror = folder / "mirror.json"  # the process that mirrors the run, replaced: its news
+        self.mirror_lock = folder / "mirror.lock"
+        self.mirror_log = folder / "mirror.txt"
 
     def attempt(self, number: int) -> Attempt:
         """The files of attempt `number`, counted from 1; the folder may not exist."""

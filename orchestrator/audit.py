@@ -10,8 +10,9 @@ from typing import Any
 from orchestrator import clock, guarding, machines, rentals, returning
 from orchestrator.errors import GpuError, UsageError
 from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
-from orchestrator.rentals import ENDED, Caps, Rental, Terms
+from orchestrator.rentals import Caps, Rental, Terms
 
+_SAME_MAX = 100
 _NOTHING_AFTER_S = 600.0
 """A request whose instance is in no list after so long made none."""
 _TWICE_S = 5.0
@@ -24,6 +25,7 @@ class Findings:
     """What one account has, compared with what is remembered here."""
 
     unresolved: list[Rental] = field(default_factory=list)
+    """Paid requests without an answer, and ends that were begun, at which no command is just now."""
     orphans: list[Instance] = field(default_factory=list)
     past_cap: list[Rental | Instance] = field(default_factory=list)
 
@@ -85,24 +87,28 @@ def _deadline(instance: Instance) -> float | None:
 def look(provider: Provider, *, past_cap_only: bool = False) -> Findings:
     """Compare what the account has with what is remembered here; changes nothing."""
     listed = [entry for entry in provider.instances() if entry.marker and entry.state not in ("gone", "stopping")]
-    mine = {rental.record.marker: rental for rental in rentals.known() if rental.record.provider == provider.name}
+    mine = [rental for rental in rentals.known() if rental.record.provider == provider.name and rental.may_cost]
     found = Findings()
-    for rental in mine.values():
-        if rental.record.state == "launching" and not _is_launched_now(rental):
-            found.unresolved.append(rental)
-        elif guarding.is_past(rental):
+    for rental in mine:
+        if guarding.is_past(rental):
             found.past_cap.append(rental)
+        elif rental.record.state in ("launching", "stopping") and not _is_at_work(rental):
+            found.unresolved.append(rental)
     now = clock.timestamp()
     for entry in listed:
-        known = mine.get(entry.marker or "")
-        if known is not None and known.record.state not in ENDED:
+        if any(_is_of(entry, rental) for rental in mine):
             continue
         deadline = _deadline(entry)
         (found.past_cap if deadline is not None and now >= deadline else found.orphans).append(entry)
     return Findings(past_cap=found.past_cap) if past_cap_only else found
 
 
-def _is_launched_now(rental: Rental) -> bool:
+def _is_of(entry: Instance, rental: Rental) -> bool:
+    """Whether a record's machine is this instance, or may turn out to be."""
+    return entry.marker == rental.record.marker and rental.record.instance_id in (None, entry.instance_id)
+
+
+def _is_at_work(rental: Rental) -> bool:
     """Whether a command of ours is at it just now."""
     from jobs import locks
 
@@ -153,33 +159,38 @@ def _made_nothing(provider: Provider, rental: Rental) -> bool:
 
 
 def rebuild(provider: Provider, instance: Instance) -> Rental:
-    """The record of an instance of ours that nobody here remembers, from its marker and tags alone."""
+    """The record, by which it is ended, of an instance of ours that nobody here remembers: from marker and tags alone.
+
+    It is made in one piece: with half of it, a command that is typed next could rent a machine in its name.
+    """
     marker = instance.marker
     if marker is None:
         raise UsageError(f"{instance.instance_id} bears no marker of ours. It is not touched.")
     name = _free_name(instance.tags.get("gpu-name", ""), marker)
     terms = Terms(Need(), Caps(None, None, None), instance.tags.get("gpu-guard", "laptop"))
-    rental = rentals.create(name, provider.name, terms)
-    rental.save(
-        state="launching",
+    return rentals.create(
+        name,
+        provider.name,
+        terms,
+        state="stopping",
         marker=marker,
         offer=asdict(_offer(provider, instance)),
         asked_at=marked_at(marker),
+        instance_id=instance.instance_id,
+        raw_state=instance.raw_state,
         deadline=_deadline(instance),
         key_name=next((key for key in instance.key_names if key.startswith("gpu-2")), ""),
     )
-    rental.exists(instance.instance_id)
-    rental.save(raw_state=instance.raw_state, user=instance.user, host=instance.host, port=instance.port)
-    return rental
 
 
 def _free_name(name: str, marker: str) -> str:
-    """What it was called, if that can be a name and is free here; else its marker."""
+    """What it was called, if that can be a name and is free here; else its marker, with a number if need be."""
     with contextlib.suppress(UsageError):
         machines.check_name(name)
         if not machines.folder(name).exists():
             return name
-    return marker
+    numbered = [marker, *(f"{marker}-{number}" for number in range(2, _SAME_MAX))]
+    return next((free for free in numbered if not machines.folder(free).exists()), marker)
 
 
 def _offer(provider: Provider, instance: Instance) -> Offer:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import guarding, idleness, journey, outcome, providers, rentals, returning, runs
+from orchestrator import guarding, idleness, journey, notices, outcome, providers, rentals, returning, runs
 from orchestrator.errors import GpuError
+from orchestrator.rentals import Rental
 
 Say = Callable[[str], None]
 
@@ -20,6 +21,7 @@ def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
         try:
             if guarding.is_past(rental):
                 say(f"{rental.name} is past its deadline of {guarding.moment(rental.record.deadline)}")
+                notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, providers.open(rental.record.provider), say)
             elif thoroughly and rental.record.state == "ready" and (why := idleness.too_long(rental)):
@@ -31,15 +33,22 @@ def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
     return errors
 
 
+def _go_on(rental: Rental, say: Say) -> None:
+    """Look once for what an unanswered request made; carry to its end what a command began to give back."""
+    if rental.record.state == "launching":
+        outcome.take_over(rental, providers.open(rental.record.provider))
+    elif rental.record.state == "stopping":
+        returning.end(rental, providers.open(rental.record.provider), say)
+
+
 def step(say: Say) -> list[GpuError]:
     """One step of everything, for cron: caps enforced, unanswered requests looked for, rows of runs brought home."""
     errors = enforce(say, thoroughly=True)
     for rental in rentals.known():
         try:
-            if rental.record.state == "launching":
+            if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
-                    if rental.record.state == "launching":
-                        outcome.take_over(rental, providers.open(rental.record.provider))
+                    _go_on(rental, say)
         except GpuError as error:
             errors.append(error)
     for run in runs.remembered():

@@ -18,6 +18,7 @@ GpuError
 ├── NotReachable        5  the machine does not answer; nothing is known to be lost
 │   └── BadAnswer       5  it answers, but not as our agent does; asking again at once is no use
 ├── MachineGone         5  a rented machine is no more, by its provider's own word
+├── DeadlineOver       10  a rented machine's time or budget is over while a run is on it
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
 ├── JobFailed          10  the job ended without being done
 └── HomeDiskFull        1  this computer's disk is full
@@ -123,6 +124,12 @@ class MachineGone(GpuError):
     """A rented machine is no more, by its provider's own word. What came home from it is home."""
 
     exit_code = 5
+
+
+class DeadlineOver(GpuError):
+    """A rented machine's time, or budget, is over while a run is on it. Rows so far are home."""
+
+    exit_code = 10
 
 
 class WorkerLost(GpuError):

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs import durable
 from orchestrator import clock, config, keys, money
 from orchestrator.errors import ConfigError
 from orchestrator.rentals import ENDED, Rental
+
+if TYPE_CHECKING:
+    from orchestrator.first_boot import GuardOrder
+    from orchestrator.providers.base import Provider
 
 HOW = {
     "laptop": "only commands typed here end it: with this laptop closed or offline NOBODY does",
@@ -71,6 +75,24 @@ def in_words(rental: Rental) -> str:
     if record.deadline is None:
         return "no deadline: nobody ends it but you"
     return f"to be given back at {moment(record.deadline)}; {HOW.get(record.guard, record.guard)}"
+
+
+def on_machine(rental: Rental, provider: Provider, marker: str) -> GuardOrder:
+    """What the guard on a machine is told, the account's key among it; ConfigError when there is no key."""
+    from orchestrator.first_boot import GuardOrder
+
+    key = keys.find(rental.record.provider)
+    if key is None:
+        raise ConfigError(f"No account key of {rental.record.provider} is known. Nothing was rented.")
+    idle = rental.caps().idle_minutes
+    return GuardOrder(
+        marker,
+        provider.api_url,
+        key.value,
+        written_at=clock.timestamp(),
+        deadline=rental.record.deadline,
+        idle_s=None if idle is None else idle * 60,
+    )
 
 
 def moment(seconds: float | None) -> str | None:

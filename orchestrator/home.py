@@ -86,6 +86,22 @@ class Arrivals:
                 whole[name] = self._digest(path)
         return {"have": have, "have_whole": whole, "parts": self._parts.request(), "wait_s": wait_s}
 
+    def durable(self) -> dict[str, Any]:
+        """What is here and stays here through a power cut, in the words of a request: the machine may lose it now."""
+        told = {name: part for name, part in self.request(0.0).items() if name in ("have", "have_whole")}
+        for name in told["have"]:  # an earlier process of ours may have died between a write and its sync
+            with durable.opened(self.copy.folder / name, os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
+                durable.sync(descriptor)
+        self._sync_outs()
+        return told
+
+    def _sync_outs(self) -> None:
+        """Have the names of files of a command on the disk, too; their bytes are."""
+        for folder in self._unsynced:
+            durable.sync_folder(folder)
+        self._unsynced.clear()
+        self._view.sync()
+
     def _weights(self) -> list[Path]:
         """The files of folders of weights that are here, of unfinished ones too."""
         if not self.copy.folder.is_dir():
@@ -256,10 +272,7 @@ class Arrivals:
             digest = self._hash(path)[1].hexdigest() if rundir.grows(name) else self._digest(path)
             if (path.stat().st_size, digest) != (facts["bytes"], facts["sha256"]):
                 return False
-        for folder in self._unsynced:
-            durable.sync_folder(folder)
-        self._unsynced.clear()
-        self._view.sync()
+        self._sync_outs()
         return True
 
     def close(self) -> None:

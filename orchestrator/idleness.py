@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator import machines, transport
+from orchestrator import machines, on_machine
 from orchestrator.delivery import prepared_agent
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
@@ -16,10 +16,9 @@ def too_long(rental: Rental) -> str:
     try:
         with machines.at(rental.name) as machine:
             agent = prepared_agent(machine)
-            told = transport.ask(machine, transport.root_words(machine, agent, "idle"))
+            idle_s = float(on_machine.idle(machine, agent)["idle_s"])
     except GpuError:  # unreachable is not idle
         return ""
-    idle_s = told.get("idle_s")
-    if not isinstance(idle_s, (int, float)) or idle_s < minutes * 60:
+    if idle_s < minutes * 60:
         return ""
     return f"nothing happened there for {idle_s / 60:.0f} minutes; its cap is {minutes:g}"

@@ -55,7 +55,7 @@ def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
         "launched_at": record.launched_at,
         "ssh": address,
         "guard": guarding.document(rental),
-        "cost_usd": round(sum(lease.usd() for lease in rental.leases()), 4),
+        "cost_usd": rental.usd(),
         "runs": on_it,
         "reachable": known.get("reachable"),
         "last_seen": known.get("last_seen"),
@@ -89,7 +89,9 @@ def _refresh(rental: Rental) -> None:
     instance_id = rental.record.instance_id or ""
     found = providers.open(rental.record.provider).get(instance_id)
     with contextlib.suppress(ConfigError), rental.locked():
-        if rental.record.instance_id == instance_id and rental.may_cost:
+        if rental.record.instance_id != instance_id or not rental.may_cost:
+            return
+        if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
 
 

@@ -160,9 +160,10 @@ def hide(names: Iterable[str]) -> None:
 
 def masked(text: str, names: Iterable[str] = (), more: Iterable[str] = ()) -> str:
     """The text with every secret of the environment, and of `more`, taken out, even where two overlap."""
-    masker = Masker([*secrets(names), *more])
-    data = masker.feed(text.encode("utf-8", "surrogatepass")) + masker.flush()
-    return data.decode("utf-8", "surrogatepass")
+    masker, data = Masker([*secrets(names), *more]), text.encode("utf-8", "surrogatepass")
+    if not masker.is_needed(data):
+        return text
+    return (masker.feed(data) + masker.flush()).decode("utf-8", "surrogatepass")
 
 
 class Masker:
@@ -178,6 +179,10 @@ class Masker:
         self._covered = 0
         """How many of the held bytes belong to a secret that began before them."""
         self._in_mask = False
+
+    def is_needed(self, data: bytes) -> bool:
+        """Whether a secret stands in the data."""
+        return any(value in data for value in self._values)
 
     def feed(self, chunk: bytes) -> bytes:
         """What can be shown now."""

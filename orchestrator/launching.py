@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, first_boot, money, offers, outcome, readiness, returning
+from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -27,7 +27,8 @@ _BAD_MACHINES_MAX = 4
 _REQUESTS_MAX = 40
 _CAPACITY_EVERY_S = 30.0
 _CAPACITY_LOOKS_MAX = 20_000
-_LIMITED_S = 15.0
+_LIMITED_S = 45.0
+"""Providers have been seen to list a machine only half a minute after they made it."""
 _LIMIT = "rate limit"
 """Stands for an offer among what was tried: no offer is excluded by it, but it counts."""
 BAD = "bad: "
@@ -36,10 +37,10 @@ Say = Callable[[str], None]
 
 
 def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
-    """Go on with a machine until it is ready, from wherever it stands. **Spends money**, once for each request.
+    """Go on with a machine until it is ready, or ended, from wherever it stands. **Spends money**, once a request.
 
     Raises NoCapacity, Refused, AuthRejected, ProviderDown (nothing is rented), LaunchFailed (it was given back),
-    LaunchUnknown and NotReturned (something may cost money; the record says what). Dying anywhere in it leaves a
+    LaunchUnknown and other MayCost (something may cost money; the record says what). Dying anywhere in it leaves a
     record that `launch` goes on with, or `gpu audit --fix` gives back.
     """
     while rental.record.state not in ("ready", *ENDED):
@@ -89,6 +90,8 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
             found = offers.suitable(provider.offers(rental.need()), rental.need())
             left = [offer for offer in found if not _was_tried(rental, offer)]
             if left:
+                if look:
+                    notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
                 _check(rental, left[0], provider)
                 return left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
@@ -141,7 +144,7 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     hours = rental.caps_left().hours(offer.price_usd_per_hour)
     deadline = asked_at + hours * 3600 if hours is not None else None
     rental.save(key_name=key_name, deadline=deadline)
-    order = _order(rental, marker)
+    order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
     rental.save(
         state="launching",
@@ -157,9 +160,9 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     except NoCapacity as error:
         say(f"  {offer.offer_id}: {error.message}")
         _came_to_nothing(rental, "no capacity")
-    except RateLimited:  # a limit hit around a launch has left machines behind: it is looked for, once
+    except RateLimited:  # a limit hit around a launch has left machines behind: it is looked for before the next one
         clock.sleep(_LIMITED_S)
-        if not outcome.take_over(rental, provider):
+        if not outcome.is_found(rental, provider):
             tried = [*rental.record.tried, {"offer": _LIMIT, "why": "asked too often"}]
             rental.save(state="planned", tried=tried)
     except (Refused, AuthRejected, ProviderDown) as error:
@@ -169,16 +172,18 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
         say(f"  {error.message} Looking for it by its marker; it is never asked for again.")
 
 
-def _order(rental: Rental, marker: str) -> Order:
+def _order(rental: Rental, provider: Provider, marker: str) -> Order:
     record = rental.record
     tags = {MARKER_TAG: marker, "gpu-name": record.name, "gpu-idle-minutes": _tag(rental.caps().idle_minutes)}
     tags |= {"gpu-deadline": _tag(record.deadline), "gpu-guard": record.guard}
-    return Order(marker, record.key_name, _first_boot(rental), tags)
+    return Order(marker, record.key_name, _first_boot(rental, provider, marker), tags)
 
 
-def _first_boot(rental: Rental) -> str:
-    private, public = (rental.folder / name for name in ("host_key", "host_key.pub"))
-    return first_boot.text(private.read_text(encoding="ascii"), public.read_text(encoding="ascii"))
+def _first_boot(rental: Rental, provider: Provider, marker: str) -> str:
+    """The host key made for the machine, and, where its user chose that, the guard with the account's key."""
+    private, public = ((rental.folder / name).read_text(encoding="ascii") for name in ("host_key", "host_key.pub"))
+    guard = guarding.on_machine(rental, provider, marker) if rental.record.guard == "on-machine" else None
+    return first_boot.user_data(first_boot.HostKey(private, public), guard)
 
 
 def _tag(value: float | None) -> str:

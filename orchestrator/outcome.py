@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orchestrator import clock
-from orchestrator.errors import AuthRejected, LaunchUnknown, ProviderError
+from orchestrator.errors import AuthRejected, LaunchUnknown, ProviderDown, RateLimited, Refused
 from orchestrator.providers.base import Provider
 from orchestrator.rentals import Rental
 
@@ -16,36 +16,40 @@ Say = Callable[[str], None]
 
 
 def settle(rental: Rental, provider: Provider, say: Say) -> None:
-    """Find out what became of a request that got no answer; LaunchUnknown when the list, or its provider, stays silent.
-
-    A provider that does not answer now says nothing about what it did then: it is asked again until the time is over.
-    """
+    """Find out what became of a request that got no answer; LaunchUnknown when the list stays without it."""
     if rental.record.asked_at is None:
         rental.save(state="planned")
         return
-    until, why = rental.record.asked_at + SETTLED_S, ""
-    while True:
-        try:
-            if take_over(rental, provider):
-                return
-            why = "No instance with that marker is listed."
-        except ProviderError as error:
-            why = error.message
-        except AuthRejected as error:
-            raise unknown(rental, provider, error.message) from None
+    until = rental.record.asked_at + SETTLED_S
+    while not is_found(rental, provider, has_time=clock.timestamp() < until):
         left = until - clock.timestamp()
         if left <= 0:
-            raise unknown(rental, provider, why)
+            raise unknown(rental, provider, "no instance with that marker is listed")
         say(f"  not listed yet; looking for {left:.0f} s more")
         clock.sleep(min(_LOOK_EVERY_S, left + 0.1))
+
+
+def is_found(rental: Rental, provider: Provider, *, has_time: bool = False) -> bool:
+    """Take the instance over, if there is one; LaunchUnknown when that cannot be asked.
+
+    `has_time`: it will be asked again, so that a provider out of order just now has shown nothing.
+    """
+    try:
+        return take_over(rental, provider)
+    except (AuthRejected, Refused) as error:
+        raise unknown(rental, provider, error.message) from None
+    except (ProviderDown, RateLimited) as error:
+        if not has_time:
+            raise unknown(rental, provider, error.message) from None
+        return False
 
 
 def unknown(rental: Rental, provider: Provider, why: str) -> LaunchUnknown:
     """The error of a request whose outcome is not known."""
     price = rental.price_usd_per_hour or 0.0
     return LaunchUnknown(
-        f"The request {rental.record.marker} for {rental.in_words()} got no answer. {why} A machine that comes of it "
-        f"would cost {price:.2f} USD/h. Look at {provider.dashboard}",
+        f"The request {rental.record.marker} for {rental.in_words()} got no answer: {why.rstrip('.')}. "
+        f"An instance that comes up late would cost {price:.2f} USD/h. Look at {provider.dashboard}",
         f"It is looked for by every command that follows. Later: gpu audit --fix, or gpu wait {rental.name}",
     )
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import durable
-from orchestrator import clock, enrolment, ssh, ssh_config
-from orchestrator.errors import GpuError, HostKeyChanged, LaunchFailed, LoginRefused, NotReachable
+from orchestrator import clock, delivery, enrolment, guarding, machines, on_machine, ssh, ssh_config
+from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
@@ -26,6 +26,7 @@ _KEY_PATIENCE_S = 90.0
 """How long the image may take to put the host key in place that it was given."""
 _CALL_S = 30.0
 _GPU_S = 240.0
+_GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
 _GPUS = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -66,7 +67,7 @@ class _Climb:
         """What `look` finds, asked again until it finds something; LaunchFailed when the time is over."""
         tries = 0
         while True:
-            found = look()
+            found = self._looked(look)
             if found is not None:
                 return found
             if clock.monotonic() > self.began + limit_s:
@@ -74,6 +75,16 @@ class _Climb:
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
             clock.sleep(_POLL_S[min(tries, len(_POLL_S) - 1)])
             tries += 1
+
+    def _looked(self, look: Callable[[], str | None]) -> str | None:
+        """What a look finds; nothing while the machine, or its provider, does not answer: it may well be on its way."""
+        try:
+            return look()
+        except (LaunchFailed, AuthRejected, Refused):
+            raise
+        except GpuError as error:
+            self.last = error.message
+            return None
 
 
 def climb(rental: Rental, provider: Provider, say: Say) -> None:
@@ -91,8 +102,9 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     up.rung("shows the GPU that was paid for", "2 s", lambda: _shows_gpus(up, offer))
     up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))
     up.rung("has disk space", "1 s", lambda: _has_space(up))
-    fingerprint = _fingerprint(rental.folder)
-    enrolment.admit(_asked(rental), rental.folder, fingerprint)
+    up.rung("can be used", "2 s", lambda: _is_admitted(up))
+    if rental.record.guard == "on-machine":
+        up.rung("its guard is armed", "2 s", lambda: _guarded(up))
     rental.save(state="ready", ready_at=clock.now())
 
 
@@ -147,9 +159,6 @@ def _let_in(up: _Climb) -> str:
             if clock.monotonic() > up.began + _KEY_PATIENCE_S and not said:
                 said = _pin_shown(rental)
             return None
-        except (NotReachable, LoginRefused) as error:  # both are usual while it boots
-            up.last = error.message
-            return None
         return said or "by the host key it was given"
 
     return up.until(look, _SSH_S, "it does not let us in over SSH")
@@ -188,10 +197,7 @@ def _answers(up: _Climb) -> str:
     nonce = secrets.token_hex(16)
 
     def look() -> str | None:
-        try:
-            return "" if _called(up.rental, ["echo", nonce]).strip() == nonce else None
-        except GpuError:
-            return None
+        return "" if _called(up.rental, ["echo", nonce]).strip() == nonce else None
 
     return up.until(look, _CALL_S * 2, "it does not answer")
 
@@ -201,12 +207,7 @@ def _shows_gpus(up: _Climb, offer: Offer) -> str:
         return "none was paid for"
 
     def look() -> str | None:
-        try:
-            told = _called(up.rental, _GPUS)
-        except GpuError as error:  # a driver may still be loading
-            up.last = error.message
-            return None
-        return _checked(up.rental, offer, told)
+        return _checked(up.rental, offer, _called(up.rental, _GPUS))
 
     return up.until(look, _GPU_S, "nvidia-smi shows no GPU")
 
@@ -235,11 +236,7 @@ def _initialises(up: _Climb, offer: Offer) -> str:
         return "no GPU was paid for"
 
     def look() -> str | None:
-        try:
-            said = _called(up.rental, ["python3", "-I", "-c", _CUDA]).strip()
-        except GpuError as error:
-            up.last = error.message
-            return None
+        said = _called(up.rental, ["python3", "-I", "-c", _CUDA]).strip()
         if said == "none":
             return "not asked: there is no libcuda to ask"
         up.last = f"driver error {said}"
@@ -248,9 +245,36 @@ def _initialises(up: _Climb, offer: Offer) -> str:
     return up.until(look, _GPU_S, "CUDA does not initialise")
 
 
+def _guarded(up: _Climb) -> str:
+    """A guard that was asked for and cannot be read back is none: the machine is not kept."""
+
+    def look() -> str | None:
+        try:
+            with machines.at(up.rental.name) as machine:
+                told = on_machine.view(machine, delivery.prepared_agent(machine))
+        except GpuError as error:
+            up.last = error.message
+            return None
+        up.last = str(told.get("last_error") or "")
+        return guarding.in_words(up.rental) if told["alive"] else None
+
+    return up.until(look, _GUARD_S, "its guard is not armed")
+
+
 def _has_space(up: _Climb) -> str:
-    free_kb = _called(up.rental, ["sh", "-c", _DISK]).strip()
-    free_gb = int(free_kb) / 1e6 if free_kb.isdigit() else None
-    if free_gb is not None and free_gb < _FREE_MIN_GB:
-        raise LaunchFailed(f"{up.rental.name} has only {free_gb:.1f} GB free.")
-    return "not known" if free_gb is None else f"{free_gb:.0f} GB free"
+    def look() -> str | None:
+        free_kb = _called(up.rental, ["sh", "-c", _DISK]).strip()
+        free_gb = int(free_kb) / 1e6 if free_kb.isdigit() else None
+        if free_gb is not None and free_gb < _FREE_MIN_GB:
+            raise LaunchFailed(f"{up.rental.name} has only {free_gb:.1f} GB free.")
+        return "not known" if free_gb is None else f"{free_gb:.0f} GB free"
+
+    return up.until(look, _CALL_S * 2, "it does not say what space it has")
+
+
+def _is_admitted(up: _Climb) -> str:
+    def look() -> str | None:
+        enrolment.admit(_asked(up.rental), up.rental.folder, _fingerprint(up.rental.folder))
+        return ""
+
+    return up.until(look, _CALL_S * 2, "it cannot be used")

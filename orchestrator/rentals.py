@@ -84,6 +84,8 @@ class Record:
     """Offers that came to nothing: `offer`, and `why`."""
     python: str | None = None
     """The interpreter asked for with --python."""
+    is_told: bool = False
+    """Whether it was said that most of its budget is spent."""
     failure: str = ""
 
 
@@ -115,6 +117,10 @@ class Rental:
         price = self.record.offer.get("price_usd_per_hour")
         return float(price) if price is not None else None
 
+    def usd(self) -> float:
+        """What it has cost so far, all of its instances, in USD; an estimate that rounds up."""
+        return round(sum(lease.usd() for lease in self.leases()), 4)
+
     @property
     def may_cost(self) -> bool:
         """Whether something of it may cost money now."""
@@ -134,6 +140,11 @@ class Rental:
 
     def exists(self, instance_id: str) -> None:
         """Take over that the newest request has become an instance: its cost is in the ledger before it is believed."""
+        self.costs(instance_id)
+        self.save(state="booting", instance_id=instance_id, launched_at=clock.now())
+
+    def costs(self, instance_id: str) -> None:
+        """Note in the ledger that an instance costs money, from when it was asked for."""
         record = self.record
         ledger.open_lease(
             ledger.Lease(
@@ -146,7 +157,6 @@ class Rental:
                 what=self.in_words(),
             )
         )
-        self.save(state="booting", instance_id=instance_id, launched_at=clock.now())
 
     def is_gone(self, state: str = "gone", why: str = "") -> None:
         """Take over that the provider said, twice, that the instance is gone: it costs no more."""
@@ -165,7 +175,7 @@ class Rental:
         caps = self.caps()
         if caps.budget_usd is None:
             return caps
-        return replace(caps, budget_usd=max(caps.budget_usd - sum(lease.usd() for lease in self.leases()), 0.0))
+        return replace(caps, budget_usd=max(caps.budget_usd - self.usd(), 0.0))
 
     def in_words(self) -> str:
         """Kind and region."""
@@ -253,14 +263,15 @@ def choose(name: str | None) -> Rental:
     return open_ones[0]
 
 
-def create(name: str, provider: str, terms: Terms) -> Rental:
+def create(name: str, provider: str, terms: Terms, **found: Any) -> Rental:
     """Make the folder of a machine that is to be rented; UsageError when the name is taken by one that is not gone.
 
-    ConfigError when it cannot be written: what is not remembered is not rented.
+    `found`: fields of the record of one that is rented already, and costs money. ConfigError when it cannot be
+    written: what is not remembered is not rented.
     """
     machines.check_name(name)
     try:
-        return _create(name, provider, terms)
+        return _create(name, provider, terms, found)
     except OSError as error:
         where = error.filename or machines.folder(name)
         raise ConfigError(
@@ -269,7 +280,7 @@ def create(name: str, provider: str, terms: Terms) -> Rental:
         ) from None
 
 
-def _create(name: str, provider: str, terms: Terms) -> Rental:
+def _create(name: str, provider: str, terms: Terms, found: dict[str, Any]) -> Rental:
     with machines.locked():
         folder = machines.folder(name)
         old = find(name)
@@ -284,7 +295,9 @@ def _create(name: str, provider: str, terms: Terms) -> Rental:
             machines.remove(name)
         durable.have_folder(folder)
         need, caps = asdict(terms.need), asdict(terms.caps)
-        record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard)
+        record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard, **found)
         rental = Rental(folder, record)
+        if record.instance_id is not None:
+            rental.costs(record.instance_id)
         rental.save()
     return rental

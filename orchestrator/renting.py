@@ -133,6 +133,8 @@ def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
         if rental.record.state in ENDED:
             raise gone(rental)
         launching.launch(rental, providers.open(rental.record.provider), say, wait_capacity=wait_capacity)
+        if rental.record.state in ENDED:
+            raise gone(rental)
 
 
 def gone(rental: Rental) -> GpuError:
@@ -166,13 +168,18 @@ def costs() -> dict[str, Any]:
 
 
 def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) -> None:
-    """Go on with a launch until the machine is ready, or only until something is rented. **Spends money.**"""
+    """Go on with a launch until the machine is ready, or only until something is rented. **Spends money.**
+
+    Raises ConfigError when it is given back instead, because that had begun.
+    """
     account = providers.open(rental.record.provider)
     with rental.locked():
         while rental.record.state in ("planned", "launching") or (
             not until_rented and rental.record.state not in ("ready", *ENDED)
         ):
             launching.advance(rental, account, say, wait_capacity=wait_capacity)
+        if rental.record.state in ENDED:
+            raise gone(rental)
 
 
 def left(rental: Rental) -> str:

@@ -109,13 +109,16 @@ def _until_gone(rental: Rental, provider: Provider) -> None:
 
 
 def _is_gone(rental: Rental, found: Instance | None) -> bool:
-    """Whether an answer says so. Not to be listed counts for one that was seen before, or that had time to appear."""
+    """Whether an answer says so. Not to be listed counts for one that was seen before, or that had time to appear.
+
+    That time begins when the paid request was answered: it may have waited long for its turn after it was noted.
+    """
     if found is not None:
         if rental.record.raw_state is None:
             rental.save(raw_state=found.raw_state)
         return found.state == "gone"
-    asked_at = rental.record.asked_at or 0.0
-    return rental.record.raw_state is not None or clock.timestamp() > asked_at + outcome.SETTLED_S
+    launched_at = clock.parse(rental.record.launched_at).timestamp() if rental.record.launched_at else 0.0
+    return rental.record.raw_state is not None or clock.timestamp() > launched_at + outcome.SETTLED_S
 
 
 def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
@@ -137,7 +140,8 @@ def tidy(rental: Rental, provider: Provider) -> None:
             rental.save(key_name="")
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
-    for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # host_key.pub says: all four are there
+    # the public halves too, and host_key.pub first of the keys: while it is there, a launch takes all four for made
+    for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
         journey.machine_is_gone(runs.find(name))

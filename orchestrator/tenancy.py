@@ -6,16 +6,19 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from orchestrator import clock, guarding, inventory, journey, ledger, providers, rentals, renting, returning
-from orchestrator.errors import GpuError, MachineGone, MayCost, NotReachable
+from orchestrator import clock, guarding, inventory, journey, ledger, notices, providers, rentals, renting, returning
+from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NotReachable
 from orchestrator.providers.base import Need
 from orchestrator.rentals import ENDED, Caps, Rental
 from orchestrator.renting import Wish
+from orchestrator.runs import ENDED as ENDED_RUNS
 from orchestrator.runs import Run
 
 _MACHINES_MAX = 4
 """How many machines one command rents for a run, one after the other, before it gives up."""
 _NAME_MAX = 56
+_MOST = 0.8
+"""Of its time, or budget: then it is said."""
 Say = Callable[[str], None]
 
 
@@ -57,14 +60,49 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
         renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
         try:
             go()
-        except MachineGone:
+        except MachineGone as error:
             journey.machine_is_gone(run)
+            notices.tell("machine_lost", run_id=run.run_id, machine=run.record.machine, message=error.message)
+        except DeadlineOver as error:
+            _end_in_time(run, error, say)
+            return
         except NotReachable as error:
             if not _give_up(run, error, say):
                 raise
         run.reload()
         if run.record.state != "lost" or not rentals.is_gone(run.record.machine) or not elsewhere(run, say):
             return
+
+
+def _end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
+    """Stop the run and give its machine back: its time is over."""
+    say(f"{error.message} The run is stopped, and its machine given back.")
+    rental = rentals.find(run.record.machine)
+    if rental is not None:
+        with rental.locked():
+            returning.at_deadline(rental, providers.open(rental.record.provider), say)
+    notices.tell("guard_fired", run_id=run.run_id, machine=run.record.machine, message=error.message)
+    run.reload()
+
+
+class Meter:
+    """Watches the deadline and the budget of a rented machine while a run on it is followed."""
+
+    def __init__(self, name: str) -> None:
+        self._rental = rentals.find(name)
+
+    def __call__(self) -> None:
+        """Look at the clock. Raises DeadlineOver."""
+        rental = self._rental
+        if rental is None or rental.record.deadline is None or rental.record.asked_at is None:
+            return
+        now, record = clock.timestamp(), rental.record
+        deadline, asked_at = record.deadline or now, record.asked_at or now
+        if now >= deadline:
+            raise DeadlineOver(f"{rental.name} is past its deadline of {guarding.moment(deadline)}.")
+        if not record.is_told and now - asked_at > _MOST * (deadline - asked_at):
+            rental.save(is_told=True)
+            notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
 def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
@@ -99,6 +137,14 @@ def elsewhere(run: Run, say: Say) -> bool:
     return True
 
 
+def tell_end(run: Run) -> None:
+    """Tell the notify command how a run ended."""
+    if run.record.state in ENDED_RUNS:
+        event = "run_done" if run.record.state == "sealed" else "run_failed"
+        facts = {"state": run.record.state, "rows_home": run.record.rows_home, "usd": round(run.cost_usd(), 4)}
+        notices.tell(event, run_id=run.run_id, machine=run.record.machine, **facts)
+
+
 def after(run: Run, say: Say) -> None:
     """Give the run's machine back, if that was asked for and the run has ended; after a failure once its time is over.
 
@@ -107,7 +153,7 @@ def after(run: Run, say: Say) -> None:
     rental = rentals.find(run.record.machine)
     if rental is None or not run.record.terminate or rental.record.state in ENDED:
         return
-    if run.record.state not in ("sealed", "failed", "stopped", "lost"):
+    if run.record.state not in ENDED_RUNS:
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
     if minutes:

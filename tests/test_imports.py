@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAPTOP_ONLY = ("click", "tqdm", "jinja2", "platformdirs", "orchestrator")
+LAPTOP_ONLY = ("click", "tqdm", "jinja2", "platformdirs", "requests", "tenacity", "orchestrator")
 MACHINE_ONLY = ("torch", "transformers", "peft", "datasets", "numpy", "worker")
 _SCRIPT = """
 import importlib, pkgutil, sys

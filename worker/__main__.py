@@ -43,6 +43,10 @@ def main(words: list[str]) -> int:
         from worker import supervisor
 
         return supervisor.main(rest[0])
+    if verb == "mirror":
+        from worker import mirror
+
+        return mirror.main(rest[0], rest[1], rest[2], rest[3:])
     if verb in ("work", "check"):
         from worker import work
 

@@ -25,6 +25,8 @@ from worker.steady import Clock
 
 BAD_SETTINGS = 3
 _LOCK_WAIT_S = 1.0
+_POLL_S = 0.1
+_NULL = subprocess.DEVNULL
 _STOP_MARGIN_S = 60.0
 """How long after their grace stops may take: a seal hashes what the run has made."""
 
@@ -177,16 +179,24 @@ class Guard:
         return self._is_idle()
 
     def _stop_runs(self) -> None:
-        """Stop every run that goes on here, each by the command the laptop would use; returns when they are sealed."""
-        held = [path for path in (self.files.folder.parent / "runs").glob("*/run.lock") if locks.is_held(path)]
-        running = [path.parent for path in sorted(held) if rundir.is_safe_name(path.parent.name)]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        """Stop every run that goes on here, each by the command the laptop would use.
+
+        Returns when they are sealed, and in their mirror if they have one, or have had their time for that.
+        """
+        deadline = time.monotonic() + self.settings.grace_s + _STOP_MARGIN_S
         stops = []
-        for folder in running:
+        for path in self._held():
             with contextlib.suppress(OSError):
-                words = [*self._words("stop"), str(folder), str(self.settings.grace_s)]
-                stops.append(subprocess.Popen(words, **quiet))  # type: ignore[call-overload]
-        _wait_for(stops, self.settings.grace_s + _STOP_MARGIN_S)
+                words = [*self._words("stop"), str(path.parent), str(self.settings.grace_s)]
+                stops.append(subprocess.Popen(words, stdin=_NULL, stdout=_NULL, stderr=_NULL))
+        _wait_for(stops, deadline)
+        while self._held() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _held(self) -> list[Path]:
+        """The locks of the runs that go on here."""
+        found = sorted((self.files.folder.parent / "runs").glob("*/run.lock"))
+        return [path for path in found if rundir.is_safe_name(path.parent.name) and locks.is_held(path)]
 
     def _words(self, verb: str) -> list[str]:
         return [sys.executable, "-I", "-X", "utf8", self._entry, verb]
@@ -211,9 +221,8 @@ def _clamped(deadline: float | None, latest: float | None) -> float | None:
     return min(deadline, latest) if deadline is not None and latest is not None else deadline
 
 
-def _wait_for(children: Iterable[subprocess.Popen[bytes]], within_s: float) -> None:
-    """Return once all have ended; those that have not in time are killed."""
-    deadline = time.monotonic() + within_s
+def _wait_for(children: Iterable[subprocess.Popen[bytes]], deadline: float) -> None:
+    """Return once all have ended; those that have not by `deadline` (monotonic seconds) are killed."""
     for child in children:
         try:
             child.wait(max(deadline - time.monotonic(), 0.0))

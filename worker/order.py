@@ -30,6 +30,10 @@ class Order:
     """Wait for GPUs that are in use, instead of failing."""
     restarts: bool = True
     """Whether a worker that crashed is started again."""
+    mirror: str = ""
+    """Where else the run's files are copied while it goes on: a folder of this machine, or `hf://…`; empty: nowhere."""
+    machine: str = "machine"
+    """What this machine is called at home: its folder's name in the mirror."""
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Order:

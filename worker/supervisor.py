@@ -18,6 +18,7 @@ from typing import Any
 from jobs import durable, locks, rundir, spec, times
 from worker import devices, processes
 from worker.failures import ConfigFailure
+from worker.mirroring import Mirroring
 from worker.order import Order
 from worker.outs import Outs
 from worker.pace import Pace
@@ -55,6 +56,7 @@ class Supervisor:
         self._stopping = False
         self._claims: devices.Claims | None = None
         self._memory_before: dict[str, int] = {}
+        self._mirroring = Mirroring(run, order)
         self._beat_at = 0.0
         self._first_attempt = run.last_attempt() + 1
         self._old_stop = _signature(run.attempt(run.last_attempt()).stop)
@@ -67,11 +69,27 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_stop)
         processes.kill(processes.marked(str(self.run.folder)))
-        while True:
-            if not self._attempt().restarting:
-                break
+        while (seal := self._attempt()).restarting:
+            pass
         if self._claims:
             self._claims.release()  # before run.lock: whoever sees the run ended finds its GPUs free
+        self._finish_mirror(self.run.attempt(seal.attempt))
+
+    def _finish_mirror(self, attempt: rundir.Attempt) -> None:
+        """Have the rest in the mirror, the seal too; that it failed is said, and changes nothing about the run."""
+        if not self.order.mirror:
+            return
+        pace = Pace(attempt.rows)
+        pace.update()
+
+        def tick() -> None:
+            if self._is_due():
+                self._save_status(attempt, pace, "sealing")
+
+        self._beat_at = 0.0
+        if failed := self._mirroring.finish(tick):
+            print(failed, file=sys.stderr, flush=True)  # noqa: T201 -- the supervisor's log
+        self._save_status(attempt, pace, "ended")
 
     def _on_stop(self, *_: object) -> None:
         self._stopping = True
@@ -160,6 +178,7 @@ class Supervisor:
                     os.killpg(worker.pid, signal.SIGTERM)
             if stopped_at is not None and time.monotonic() >= stopped_at + self._grace_s(attempt):
                 _kill_group(worker)
+            self._mirroring.tick()
             if self._is_due():
                 pace.update()
                 self._save_status(attempt, pace, "stopping" if self._stopping else "running")
@@ -206,6 +225,7 @@ class Supervisor:
             "rows_per_second": rate,
             "eta_s": None if left is None or not rate else round(left / rate, 1),
             "heartbeat": times.now(),
+            **self._mirroring.said(),
         }
         with contextlib.suppress(OSError):
             durable.save_json(attempt.status, document, synced=False)

@@ -237,6 +237,7 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
         failure = error
     finally:
         _show_outcome(run, how)
+    tenancy.tell_end(run)
     if not how["detach"]:
         with _leaving(run):
             tenancy.after(run, say)
@@ -250,11 +251,17 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
 
 def _go(run: Run, how: dict[str, bool]) -> None:
     """Bring it home, or only have it set off, with what a person sees meanwhile."""
+    meter = tenancy.Meter(run.record.machine)
     with _watching(run, how) as news:
+
+        def watched(frame: dict[str, Any], data: bytes) -> None:
+            meter()
+            news(frame, data)
+
         if how["detach"]:
             journey.set_off(run, news)
         else:
-            journey.go(run, news, _waiting(run))
+            journey.go(run, watched, _waiting(run))
 
 
 def _show_outcome(run: Run, how: dict[str, bool]) -> None:

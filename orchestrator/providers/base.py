@@ -117,6 +117,8 @@ class Provider(Protocol):
     name: ClassVar[str]
     dashboard: ClassVar[str]
     """Where a person looks at the account's instances."""
+    api_url: str
+    """Where its API is, for a guard on a machine."""
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
 

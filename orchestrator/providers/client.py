@@ -216,7 +216,7 @@ def _parsed(body: bytes | None) -> tuple[Any, str]:
         pass
     if b"<html" in body[:4096].lower() or body.lstrip()[:1] == b"<":
         return None, "an HTML page"
-    if len(body) > _QUOTED_MAX_BYTES:  # cut before it is masked, it could end in half a secret
+    if len(body) > _QUOTED_MAX_BYTES:  # no message; and it is never cut here: half a secret would not be masked
         return None, "no JSON"
     return None, f"no JSON: {body.decode('utf-8', 'replace')}"
 

@@ -14,7 +14,7 @@ from orchestrator import clock
 
 CONNECT_S = 10.0
 _BODY_MAX_BYTES = 16 << 20
-_CHUNK_BYTES = 4096
+_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ def _exchange(request: Request) -> Answer:
 
 
 def _body(answer: requests.Response, deadline: float) -> bytes | None:
+    """The whole body, read as it comes: waiting for full pieces, a slow one could last for hours."""
     pieces, size = [], 0
-    for piece in answer.iter_content(_CHUNK_BYTES):
+    while piece := answer.raw.read1(_CHUNK_BYTES, decode_content=True):
         size += len(piece)
         if size > _BODY_MAX_BYTES or clock.monotonic() > deadline:
             return None

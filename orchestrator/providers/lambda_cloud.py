@@ -50,8 +50,8 @@ class LambdaCloud:
     boot_minutes: ClassVar[tuple[float, float]] = (5.0, 15.0)
 
     def __init__(self, key: str) -> None:
-        base = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
-        self._client = Client(Api("lambda", TITLE, base, key, lambda_answers.complaint, _EVERY_S))
+        self.api_url = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
+        self._client = Client(Api("lambda", TITLE, self.api_url, key, lambda_answers.complaint, _EVERY_S))
         self._port = _ssh_port()
 
     def offers(self, need: Need) -> list[Offer]:  # noqa: ARG002 -- there is nothing to ask for but all of them

@@ -65,7 +65,7 @@ class Account:
             raise Failure("global/invalid-parameters", "region: no such region")
         if self.file_system(name):
             raise Failure("global/duplicate")
-        made = {
+        made: Json = {
             "id": self._new_id(),
             "name": name,
             "mount_point": f"/lambda/nfs/{name}",

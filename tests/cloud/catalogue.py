@@ -136,7 +136,7 @@ def _type(name: str, gpu: str, cents: int, sizes: tuple[int, int, int, int]) -> 
 
 def _images() -> list[Json]:
     """One row for each family, architecture and region."""
-    found = []
+    found: list[Json] = []
     for family in _FAMILIES:
         for architecture in ("x86_64", "arm64"):
             for at in ("us-east-1", "us-west-1", "us-west-2", "us-south-2", "europe-central-1"):

@@ -51,6 +51,10 @@ class Machines(Protocol):
         """End all processes, for good."""
         ...
 
+    def power_off(self, instance: Instance) -> None:
+        """End all processes, as it has asked for itself; it may be rebooted."""
+        ...
+
     def look(self, instance: Instance, now: float) -> bool:
         """Do what is due by now; whether the machine still runs: it may have powered itself off."""
         ...
@@ -98,7 +102,17 @@ class LambdaCloud:
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
-        """The answer to a request; Unanswered when a fault keeps it from the client, done or not."""
+        """The answer to a request; Unanswered when a fault keeps it from the client, done or not.
+
+        When it comes, the machines have done what it says: what is terminating or restarting has no processes left.
+        """
+        try:
+            return self._handled(method, path, headers, body)
+        finally:
+            if method != "GET":
+                self.tick()
+
+    def _handled(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
         with self._lock:
             path = path.partition("?")[0].removeprefix(PREFIX)
             content: Json = {}
@@ -289,20 +303,23 @@ class LambdaCloud:
         """Take one machine a step further: booted, open, ended."""
         now, name = self.clock(), instance.instance_id
         with self._lock:
-            state = self._machine_states.get(name, "none")
-        runs, later = instance.runs(now), state
+            state = later = self._machine_states.get(name, "none")
+            runs, is_off = instance.runs(now), instance.powered_off
         if state == "none" and runs:
             machines.boot(instance)
+            later = "booted"
+        elif state == "restart" and runs:
+            machines.reboot(instance)
             later = "booted"
         elif state == "booted" and runs and now >= instance.sshd_at:
             machines.open(instance)
             later = "open"
-        elif state == "restart" and runs:
-            machines.reboot(instance)
-            later = "booted"
-        elif state not in ("none", "ended", "off") and not runs:
+        elif state in ("booted", "open", "restart", "off") and not runs and not is_off:
             machines.end(instance)
-            later = "off" if instance.powered_off else "ended"
+            later = "ended"
+        elif state in ("booted", "open", "restart") and not runs:
+            machines.power_off(instance)
+            later = "off"
         elif state in ("booted", "open") and not machines.look(instance, now):
             instance.powered_off = True
         with self._lock:

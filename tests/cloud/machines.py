@@ -19,8 +19,10 @@ import pytest
 
 from tests import rig
 from tests.cloud import first_boot, libcuda, onboard
+from tests.cloud.answers import Json
 from tests.cloud.catalogue import gpus_of
 from tests.cloud.instance import Instance
+from tests.rig.proxy import free_address
 from tests.rig.sshd import MARK, SYSTEM_PATH, Sshd
 
 USER = "ubuntu"
@@ -28,6 +30,11 @@ _DEADLINE_S = 10.0
 _TRIES = 1000
 _PROGRAMS = Path(onboard.__file__)
 _LIBRARY_PLACES = ("/usr/lib/*/libnss_wrapper.so", "/usr/lib64/libnss_wrapper.so", "/usr/lib/libnss_wrapper.so")
+_PLACES = (
+    *("root", "etc/systemd/system", "opt", "run", "srv", "usr/local/bin", "usr/local/lib", "usr/local/sbin"),
+    *("var/cache", "var/lib", "var/log", "var/tmp"),
+)
+"""Folders that every system has."""
 # SHELL is set back: only this session's command is to be changed, not those of shells that it starts.
 _SHELL = """\
 #!/bin/sh
@@ -38,7 +45,7 @@ exec /bin/bash -c "$(printf %s "$2" | sed -E -f {rules})"
 _SCRIPT = """\
 #!/bin/sh
 cd {root} || exit
-for part in {folder}/first-boot/*; do "$part"; done
+for part in {folder}/first-boot/*; do [ ! -x "$part" ] || "$part"; done
 mkdir -p {root}/var/lib/cloud/instance && : > {root}/var/lib/cloud/instance/boot-finished
 """
 
@@ -62,7 +69,8 @@ class Machine:
     def __init__(self, folder: Path, instance: Instance, port: int) -> None:
         self.instance = instance
         self.folder = folder
-        self.sshd = Sshd(folder, inside=_as_ubuntu(folder))
+        self._as_ubuntu = _as_ubuntu(folder)
+        self.sshd = Sshd(folder, inside=self._as_ubuntu)
         self.sshd.user = USER
         self.sshd.address, self.sshd.port = instance.address, port
         self.root = folder / "root"
@@ -73,10 +81,11 @@ class Machine:
         self.paths = first_boot.Paths(self.root, self.sshd.home, [file.path for file in plan.files])
         self._boot: subprocess.Popen[bytes] | None = None
         self._changed_key = False
+        self._denies = "publickey-denied" in instance.faults
 
     def boot(self) -> None:
         """Do what a first boot does: keys, files, then the scripts, which go on by themselves."""
-        for name in ("root/root", "root/etc", "root/var/lib", "root/var/log", "root/run", "first-boot", "services"):
+        for name in ("first-boot", "services", *(f"root/{place}" for place in _PLACES)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._install()
         if self.plan.host_key and "ignores-host-key" not in self.instance.faults:
@@ -121,23 +130,19 @@ class Machine:
         """Do what is due by now; what the machine asks for: `off`, `reboot`, or nothing."""
         if self._boot is not None:
             self._boot.poll()
-        if "publickey-denied" in self.instance.faults and now >= self._denied_until:
-            self._authorize(True)
+        if self._denies and now >= self.instance.sshd_at + self.instance.faults["publickey-denied"].seconds:
+            self._denies = False
+            self._authorize()
         if "other-host-key" in self.instance.faults and not self._changed_key and self._has_seen_login():
             self._changed_key = True
             self.sshd.new_host_key()
         power = self.folder / "power"
         return power.read_text().strip() if power.exists() else ""
 
-    @property
-    def _denied_until(self) -> float:
-        return self.instance.sshd_at + self.instance.faults["publickey-denied"].seconds
-
-    def _authorize(self, is_late: bool = False) -> None:
+    def _authorize(self) -> None:
         """Have the keys that are let in, or none while they are denied."""
-        keys = [self.instance.public_key, *self.plan.authorized_keys]
-        denied = "publickey-denied" in self.instance.faults and not is_late
-        (self.folder / "authorized_keys").write_text("" if denied else "\n".join([*keys, ""]))
+        keys = [] if self._denies else [self.instance.public_key, *self.plan.authorized_keys]
+        (self.folder / "authorized_keys").write_text("\n".join([*keys, ""]))
 
     def _has_seen_login(self) -> bool:
         return b"Accepted publickey" in self.sshd.log.read_bytes()
@@ -197,6 +202,7 @@ class Machine:
         path.chmod(0o700)
         environment = {"PATH": self._path, "HOME": str(self.root / "root"), MARK: self.sshd.name, "SHELL": "/bin/sh"}
         environment |= {"LD_LIBRARY_PATH": str(self.folder / "lib"), "LANG": "C.UTF-8"}
+        environment |= dict(word.split("=", 1) for word in self._as_ubuntu[1:])  # `ubuntu` is known there
         with (self.root / "var/log/cloud-init-output.log").open("ab") as log:
             return subprocess.Popen(
                 [str(path)],
@@ -209,10 +215,10 @@ class Machine:
             )
 
 
-def _gpus(instance: Instance) -> dict[str, object]:
+def _gpus(instance: Instance) -> Json:
     """What nvidia-smi is to say on this machine."""
     real, faults = gpus_of(instance.kind), instance.faults
-    found: dict[str, object] = {**dataclasses.asdict(real), "mode": "ok", "seed": instance.instance_id}
+    found: Json = {**dataclasses.asdict(real), "mode": "ok", "seed": instance.instance_id}
     if fault := faults.get("smi-wrong-gpu"):
         found["name"] = fault.detail or "Tesla T4"
     if fault := faults.get("smi-wrong-count"):
@@ -250,7 +256,7 @@ class SshMachines:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = rig.free_address()[1]
+        self.port = free_address()[1]
         self.all: dict[str, Machine] = {}
 
     def __enter__(self) -> SshMachines:
@@ -284,9 +290,12 @@ class SshMachines:
         self.all[instance.instance_id].reboot()
 
     def end(self, instance: Instance) -> None:
-        """End all processes, for good unless it has powered itself off."""
-        machine = self.all[instance.instance_id]
-        machine.power_off() if instance.powered_off else machine.close()
+        """End all processes, for good."""
+        self.all[instance.instance_id].close()
+
+    def power_off(self, instance: Instance) -> None:
+        """End all processes; it may be rebooted."""
+        self.all[instance.instance_id].power_off()
 
     def look(self, instance: Instance, now: float) -> bool:
         """Do what is due by now; whether the machine still runs."""

@@ -157,15 +157,16 @@ def test_a_request_that_stays_without_an_answer(quick: Cloud) -> None:
 def test_no_error_says_that_nothing_is_rented_while_something_may_be(quick: Cloud, fault: str) -> None:
     """The provider fails after the paid request, answered or not: the exit code says that a machine may cost money."""
     quick.fault(fault, when="GET /instances", times=None)
-    booting = gpu("launch", "one", "--gpu", "A10", "-y")
+    waits = {"readiness._LISTED_S": 0.5, "returning._PATIENCE_S": 0.5, "outcome.SETTLED_S": 0.5}
+    booting = gpu("launch", "one", "--gpu", "A10", "-y", waits=waits)
     quick.fault("lost-502")
-    lost = gpu("launch", "two", "--gpu", "A10", "-y", waits={"outcome.SETTLED_S": 0.5})
+    lost = gpu("launch", "two", "--gpu", "A10", "-y", waits=waits)
     for done in (booting, lost):
         assert done.returncode == COSTS, done.stderr
         assert "0.75 USD/h" in done.stderr
         assert DASHBOARD in done.stderr
     assert quick.core.ours()[0].instance_id in booting.stderr
-    ended = gpu("terminate", "--all", "-y", waits={"outcome.SETTLED_S": 0.5, "returning._PATIENCE_S": 0.5})
+    ended = gpu("terminate", "--all", "-y", waits=waits)
     assert ended.returncode == COSTS
     quick.core.faults.clear()
     assert gpu("terminate", "--all", "-y").returncode == 0

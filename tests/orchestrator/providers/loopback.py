@@ -25,7 +25,7 @@ class Scripted:
     body: Any = b""
     headers: dict[str, str] = field(default_factory=dict)
     fault: str = ""
-    """close, reset, hang, half (of the body), drip."""
+    """close, reset, hang, half (of the body), drip (a byte now and then), chunked, half chunked."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,28 @@ class Server:
         if answer.fault in ("hang", "reset", "close"):
             return
         data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        length = {"Transfer-Encoding": "chunked"} if "chunked" in answer.fault else {"Content-Length": str(len(data))}
         with contextlib.suppress(OSError):  # the other side may have had enough
             handler.send_response(answer.status)
-            for name, value in {"Content-Length": str(len(data)), **answer.headers}.items():
+            for name, value in {**length, **answer.headers}.items():
                 handler.send_header(name, value)
             handler.end_headers()
-            handler.wfile.write(data[: len(data) // 2] if answer.fault == "half" else data)
+            for piece in self.pieces(data, answer.fault):
+                handler.wfile.write(piece)
+
+    def pieces(self, data: bytes, fault: str) -> Iterator[bytes]:
+        """What is written of a body, piece by piece."""
+        middle = len(data) // 2
+        if fault == "drip":
+            for at in range(len(data)):
+                yield data[at : at + 1]
+                self.released.wait(0.02)
+        elif "chunked" in fault:
+            yield b"%x\r\n%b\r\n" % (middle, data[:middle])
+            if fault == "chunked":
+                yield b"%x\r\n%b\r\n0\r\n\r\n" % (len(data) - middle, data[middle:])
+        else:
+            yield data[:middle] if fault == "half" else data
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Server]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import socket
 import ssl
+import time as real
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ UNCLEAR = {
     "reset": Scripted(fault="reset"),
     "hang": Scripted(fault="hang"),
     "half": Scripted(200, {"data": []}, fault="half"),
+    "half in chunks": Scripted(200, b'{"data": []} ', fault="half chunked"),
     "not what it says": Scripted(200, b"plain", {"Content-Encoding": "gzip"}),
     "no status": Scripted(999, {"data": []}),
 }
@@ -250,6 +253,43 @@ def test_a_certificate_of_somebody_else_gets_no_key(tmp_path: Path) -> None:
         assert secure.asked == []
     with Server().running() as plain:
         assert fails(plain.url.replace("http:", "https:"), direct=True).sent
+
+
+def test_an_answer_may_come_in_any_shape(server: Server, time: Time) -> None:
+    """An answer in chunks, packed, or with a mark of its byte order is an answer."""
+    packed = Scripted(200, gzip.compress(b'{"data": [1]}'), {"Content-Encoding": "gzip"})
+    for answer in (Scripted(200, {"data": [1]}, fault="chunked"), packed, Scripted(200, b'\xef\xbb\xbf{"data": [1]}')):
+        server.script = [answer]
+        assert client(server.url).once(READ).document == {"data": [1]}
+
+
+def test_an_answer_that_never_ends_is_given_up(server: Server) -> None:
+    """An answer of which a byte comes now and then is not waited for until its end."""
+    server.script = [Scripted(200, b" " * 2000, fault="drip")]
+    began = real.monotonic()
+    answer = exchange.exchange(exchange.Request("GET", server.url, KEY, {}, read_s=0.2, direct=True))
+    assert isinstance(answer, exchange.Answer)
+    assert answer.body is None
+    assert real.monotonic() - began < 10
+
+
+def test_nothing_half_a_secret_is_quoted(server: Server, time: Time) -> None:
+    """What is shown is cut after it is masked, never in the middle of a key; control signs hide no key, either."""
+    for body in (
+        b"x" * 268 + KEY.encode(),
+        b"x" * 4060 + KEY.encode(),
+        KEY[:9].encode() + b"\x1b[0m" + KEY[9:].encode(),
+    ):
+        server.script = [Scripted(500, body)]
+        reply = client(server.url).once(READ)
+        assert KEY[:9] not in reply.words
+        assert "no JSON: " in reply.words
+    server.script = [Scripted(500, b"x" * 4097)]
+    assert client(server.url).once(READ).words == "HTTP 500, no JSON"
+    made = client(server.url)
+    assert made.hide(f"a {KEY[:9]}\x1b[31m{KEY[9:]} b") == "a *** b"
+    assert made.hide("user: 'echo one-two-three\\n'", "#!/bin/sh\necho one-two-three\n") == "user: '***\\n'"
+    assert len(made.hide("ü" * 10_000)) == 301
 
 
 def test_too_much_is_not_read(server: Server, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:

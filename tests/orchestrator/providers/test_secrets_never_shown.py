@@ -22,7 +22,7 @@ from orchestrator.providers.lambda_cloud import LambdaCloud
 from tests.orchestrator.providers.loopback import Scripted, Server, Time
 from tests.orchestrator.providers.test_lambda_cloud import ID, KEY_LINE, MARKER, OFFER
 
-SECRET_LINE = "export HF_TOKEN=hf_abcdefghijklmnop"
+SECRET_LINE = "login somebody hf_abcdefghijklmnop"
 ORDER = Order(MARKER, "k", f"#!/bin/sh\n{SECRET_LINE}\n")
 ASK: list[Callable[[LambdaCloud], Any]] = [
     lambda cloud: cloud.offers(Need()),

@@ -1,0 +1,378 @@
+"""Launches, uses and gives back machines of a stand-in cloud while both misbehave and processes die; then looks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from orchestrator import (
+    audit,
+    enforcing,
+    idleness,
+    inventory,
+    ledger,
+    machines,
+    providers,
+    rentals,
+    renting,
+    returning,
+)
+from orchestrator.errors import AuthRejected, GpuError, MayCost, ProviderError
+from orchestrator.providers.base import Need
+from orchestrator.rentals import ENDED, Caps
+from orchestrator.renting import Wish
+from tests.cloud import Fault, Timings
+from tests.cloud.faults import KINDS
+from tests.faults.light_machines import is_as_paid
+from tests.faults.money_world import Killed, Process, World, name_of
+
+SEED_VARIABLE = "GPU_STORM_SEED"
+"""Set it to the seed that a failed storm names, and the same storm is made again."""
+NAME = "box"
+HOURS = 2.0
+_SETTLED_S = 200.0
+"""After so long everything that was made is listed."""
+_FORGOTTEN_S = 700.0
+_AGAIN_S = 400.0
+_AGAIN_MAX = 8
+_LOST = ("vanishes", "preempted", "goes-unhealthy")
+
+
+def _quiet(_: str) -> None:
+    """Say nothing."""
+
+
+# --- what a user types ---------------------------------------------------------------------------------------------
+
+
+def _enforced() -> None:
+    enforcing.enforce(_quiet)
+
+
+def _launch() -> None:
+    _enforced()
+    wish = Wish(Need(gpu="A100"), Caps(max_hours=HOURS))
+    account, _ = renting.plan(wish)
+    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=False)
+
+
+def _wait() -> None:
+    _enforced()
+    rental = rentals.choose(None)
+    if rental.record.state in ENDED:
+        raise renting.gone(rental)
+    renting.go_on(rental, _quiet, wait_capacity=False, until_rented=False)
+
+
+def _again() -> None:
+    """What a user does after a launch that died: go on with it, or type it again where nothing is left of it."""
+    (_wait if any(rental.record.state not in ENDED for rental in rentals.known()) else _launch)()
+
+
+def _terminate() -> None:
+    errors = []
+    for rental in rentals.known():
+        if rental.record.state not in ENDED:
+            try:
+                with rental.locked():
+                    returning.give_back(rental, providers.open(rental.record.provider), _quiet)
+            except GpuError as error:
+                errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.exit_code)
+
+
+def _audit(*, past_cap_only: bool = False) -> None:
+    account = providers.open("lambda")
+    found = audit.look(account, past_cap_only=past_cap_only)
+    errors = audit.fix(account, found, _quiet) if found else []
+    if found and audit.look(account, past_cap_only=past_cap_only):
+        errors.append(MayCost("something was found, and is still there"))
+    if errors:
+        raise max(errors, key=lambda error: error.exit_code)
+
+
+def _status() -> None:
+    inventory.refresh(None)
+    inventory.documents(None)
+
+
+def _cron() -> None:
+    if errors := enforcing.step(_quiet):
+        raise errors[0]
+
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "launch": _launch,
+    "wait": _wait,
+    "again": _again,
+    "status": _status,
+    "cron": _cron,
+    "terminate": _terminate,
+    "audit": _audit,
+    "reap": lambda: _audit(past_cap_only=True),
+}
+JOURNEY = ("launch", "status", "terminate")
+"""Every effect of these is a place to die."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    command: str
+    effects: int
+    error: GpuError | None = None
+    was_killed: bool = False
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it did what it was to do."""
+        return self.error is None and not self.was_killed
+
+    def __str__(self) -> str:
+        how = "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
+        return f"{self.command}({how} after {self.effects})"
+
+
+class Laptop:
+    """A computer of the user's, with the account's key and a state folder."""
+
+    def __init__(self, world: World, name: str = "laptop") -> None:
+        self.world = world
+        self.home = world.folder / name
+        self.history: list[Ended] = []
+
+    @contextmanager
+    def at(self) -> Iterator[None]:
+        """Be at this computer."""
+        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)}):
+            yield
+
+    def run(self, command: str, dies_at: int | None = None) -> Ended:
+        """Type a command, which may be killed at one of its effects."""
+        world, error, was_killed = self.world, None, False
+        world.process = Process(dies_at)
+        before = {one.instance_id for one in world.core.still_billing()}
+        with self.at():
+            try:
+                COMMANDS[command]()
+            except GpuError as caught:
+                error = caught
+            except Killed:
+                was_killed = True
+            ended = Ended(command, len(world.process.effects), error, was_killed)
+            self.history.append(ended)
+            world.process = Process()
+            self._judge(ended, before)
+        return ended
+
+    def _judge(self, ended: Ended, before: set[str]) -> None:
+        """What a command says of money must be so."""
+        if ended.command not in ("launch", "wait", "again"):
+            return
+        world = self.world
+        if ended.is_well:
+            self._judge_ready()
+        elif isinstance(ended.error, (ProviderError, AuthRejected)) and not (ended.command == "launch" and before):
+            left = [one for one in world.core.still_billing() if name_of(one) == NAME]
+            world.judge(not left, f"{ended.command} said that nothing is rented ({ended.error}), but it is")
+
+    def _judge_ready(self) -> None:
+        """After a launch that returned there is a machine that is ready, listed, and what was paid for."""
+        world, rental = self.world, rentals.find(NAME)
+        record = rental.record if rental else None
+        if record is None or record.state != "ready":
+            world.judge(False, f"a launch returned without a machine that is ready: {record and record.state}")
+            return
+        instance = world.core.instances[record.instance_id or ""]
+        lives = instance.bill(world.clock()).ended is None or any(name in instance.faults for name in _LOST)
+        world.judge(lives, "a launch returned with a machine that has ended")
+        world.judge(is_as_paid(instance), f"a launch returned with a machine that has {list(instance.faults)}")
+        world.judge(record.deadline is not None, "a launch returned with a machine without its deadline")
+        listed = [entry["name"] for entry in inventory.documents(None) if entry["state"] == "ready"]
+        is_listed = NAME in listed and NAME in [machine.name for machine in machines.known()]
+        world.judge(is_listed, "a launch returned with a machine that is not listed")
+
+    def until_well(self, command: str, every_s: float = _AGAIN_S) -> Ended:
+        """Type a command again, some minutes apart, while it says that something may cost money."""
+        for _ in range(_AGAIN_MAX):
+            ended = self.run(command)
+            if not isinstance(ended.error, MayCost):
+                break
+            self.world.clock.advance(every_s)
+        return ended
+
+
+# --- ways out --------------------------------------------------------------------------------------------------------
+
+
+def by_repeating(laptop: Laptop) -> None:
+    """The command that died is typed again until it is well, and in the end the machine is given back."""
+    last = laptop.history[-1].command if laptop.history else "launch"
+    laptop.until_well("again" if last in ("launch", "wait") else last)
+    laptop.until_well("terminate")
+
+
+def by_audit(laptop: Laptop) -> None:
+    """`gpu audit --fix -y` ends all that nobody means to have; what goes on is remembered, and shown."""
+    laptop.until_well("audit")
+    with laptop.at():
+        remembered = {rental.record.instance_id: rental.record.state for rental in rentals.known()}
+    for one in laptop.world.core.still_billing():
+        state = remembered.get(one.instance_id)
+        laptop.world.judge(state in ("booting", "ready"), f"after gpu audit --fix an instance costs money: {state}")
+    laptop.until_well("terminate")
+
+
+def by_audit_elsewhere(laptop: Laptop) -> None:
+    """The same on another computer, that has nothing but the key: it ends all that bears a marker of ours."""
+    laptop.world.clock.advance(_SETTLED_S)
+    Laptop(laptop.world, "other").until_well("audit")
+
+
+def by_reaper(laptop: Laptop) -> None:
+    """After the deadline, the reaper on the same computer."""
+    laptop.world.clock.advance(HOURS * 3600 + _SETTLED_S)
+    laptop.until_well("reap")
+
+
+def by_reaper_elsewhere(laptop: Laptop) -> None:
+    """After the deadline, the reaper in scheduled CI, which has nothing but the key, anew each time."""
+    world = laptop.world
+    world.clock.advance(HOURS * 3600 + _SETTLED_S)
+    for number in range(_AGAIN_MAX):
+        if not isinstance(Laptop(world, f"ci-{number}").run("reap").error, MayCost):
+            break
+        world.clock.advance(_AGAIN_S)
+
+
+WAYS_OUT: dict[str, Callable[[Laptop], None]] = {
+    "repeat": by_repeating,
+    "audit": by_audit,
+    "audit elsewhere": by_audit_elsewhere,
+    "reaper": by_reaper,
+    "reaper elsewhere": by_reaper_elsewhere,
+}
+
+
+def end(laptop: Laptop, way_out: str) -> None:
+    """The storm is over: nothing more goes wrong, the user does one thing, and every promise is looked at."""
+    world = laptop.world
+    world.core.faults.clear()
+    world.ssh_trouble = 0.0
+    WAYS_OUT[way_out](laptop)
+    left = world.core.still_billing()
+    world.judge(not left, f"LEAKED after {way_out}: {[(one.name, sorted(one.faults)) for one in left]}")
+    _settle(laptop)
+    for marker, count in world.core.per_name().items():
+        lone = all("doubled" not in one.faults for one in world.core.ours() if one.name == marker)
+        world.judge(count == 1 or not lone, f"{count} instances bear the marker {marker}")
+    world.judge(not world.core.touched_foreign, "a foreign instance was touched")
+    foreign = [one for one in world.core.instances.values() if one.is_foreign]
+    world.judge(all(one.ending_at is None for one in foreign), "a foreign instance was ended")
+    for folder in sorted(world.folder.iterdir()):
+        _judge_ledger(world, folder)
+    assert not world.violations, f"{'; '.join(world.violations)} -- after {', '.join(map(str, laptop.history))}"
+
+
+def _settle(laptop: Laptop) -> None:
+    """Later the first computer finds out what it has missed, and says that nothing of it costs money."""
+    laptop.world.clock.advance(_FORGOTTEN_S)
+    for command in ("audit", "terminate"):
+        ended = laptop.run(command)
+        laptop.world.judge(ended.is_well, f"in the end {command} says: {ended.error}")
+
+
+def _judge_ledger(world: World, home: Path) -> None:
+    """A closed lease covers what was billed; on the first computer every lease is closed in the end."""
+    with mock.patch.dict(os.environ, {"GPU_HOME": str(home)}):
+        leases = {lease.instance_id: lease for lease in ledger.leases()}
+    for bill in world.core.bills():
+        lease = leases.get(bill.instance_id)
+        if lease is None or (lease.closed_at is None and home.name != "laptop"):
+            continue
+        words = f"the ledger of {home.name} for {bill.name}: {lease.opened_at} to {lease.closed_at}, billed {bill}"
+        begins, closed_at = lease.opened_at <= bill.began, lease.closed_at
+        covers = closed_at is not None and bill.ended is not None and closed_at >= bill.ended
+        world.judge(begins and covers and lease.usd() >= float(bill.cents) / 100 - 1e-9, words)
+    if home.name == "laptop":
+        known = {one.instance_id for one in world.core.ours()}
+        world.judge(all(lease.closed_at is not None for lease in leases.values()), "a lease is open in the end")
+        world.judge(set(leases) <= known, "the ledger knows an instance that never was")
+
+
+# --- storms ----------------------------------------------------------------------------------------------------------
+
+
+def with_foreign(world: World) -> World:
+    """The account is used by others, too, some of whose instances have names like ours."""
+    for name in (None, "gpu", "gpu-20270115t080000-0123456789AB", "box", "gpu-20270115t080000-0123456789abc"):
+        world.core.add_foreign(name)
+    world.core.add_foreign("theirs", tags=[{"key": "gpu-name", "value": NAME}, {"key": "gpu-deadline", "value": "1"}])
+    return world
+
+
+_CALLS = ("", "", "launch", "terminate", "GET /instances$", "GET /instances/", "ssh-keys", "instance-types")
+_NOT_FOR_STORMS = ("clock-skew",)
+_DETAILS: dict[str, tuple[object, ...]] = {
+    "failed": (404, 404, 500, 502, 503),
+    "lost-502": (500, 429, None),
+    "error": (None, "global/object-does-not-exist", "global/unknown", "provider/internal-unavailable"),
+    "rate-limited-json": (None, 3, 200),
+    "rate-limited-text": (None, 20),
+    "odd-status": ("rebalancing",),
+    "not-sent": (None, "silent"),
+    "goes-unhealthy": (None, 30.0),
+}
+_SECONDS = {"invisible": 25.0, "hang": 400.0, "lost-hang": 400.0, "terminate-slow": 1500.0, "terminate-late": 1500.0}
+
+
+def random_fault(world: World) -> Fault:
+    """Any fault of the stand-in's list, at any call that it may befall, some times."""
+    chance = world.chance
+    what = chance.choice([name for name in KINDS if name not in _NOT_FOR_STORMS])
+    is_of_calls = KINDS[what][0] == "call" and not KINDS[what][1]
+    when = chance.choice(_CALLS) if is_of_calls else ""
+    lies = what == "error" or what == "bare-instances"
+    times = 1 if lies else chance.choice((1, 1, 2, 5, 14))
+    seconds = chance.uniform(0.0, _SECONDS.get(what, chance.choice((20.0, 300.0, 2500.0))))
+    detail = chance.choice(_DETAILS.get(what, (None,)))
+    return Fault(what, when, times, chance.choice((0, 0, 1, 3)), seconds=seconds, detail=detail)
+
+
+def random_timings(world: World) -> Timings:
+    """How long things take, this time."""
+    chance = world.chance
+    return Timings(
+        visibility_delay_s=chance.choice((0.0, 1.0, 20.0)),
+        boot_s=chance.choice((0.0, 20.0, 60.0)),
+        ip_delay_s=chance.choice((0.0, 15.0)),
+        sshd_delay_s=chance.choice((0.0, 10.0)),
+        term_s=chance.choice((0.0, 8.0, 60.0)),
+        linger_s=chance.choice((0.0, 20.0, 120.0)),
+    )
+
+
+_TYPED = ("launch", "launch", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
+
+
+def rage(world: World, seed: int) -> Laptop:
+    """One seeded storm: commands typed in any order, faults at any call, deaths at any effect; then a way out."""
+    chance, laptop = world.chance, Laptop(with_foreign(world))
+    world.core.timings = random_timings(world)
+    for _ in range(chance.choice((0, 1, 1, 2, 3, 4))):
+        world.core.faults.add(random_fault(world))
+    world.ssh_trouble = chance.choice((0.0, 0.0, 0.2))
+    idle = mock.patch.object(idleness, "too_long", lambda rental: "it is idle" if chance.random() < 0.3 else "")
+    with idle:
+        for number in range(chance.randint(1, 5)):
+            dies_at = chance.choice((None, chance.randint(1, 20), chance.randint(1, 80), chance.randint(1, 160)))
+            laptop.run("launch" if number == 0 else chance.choice(_TYPED), dies_at)
+            world.clock.advance(chance.choice((0.0, 5.0, 60.0, 700.0, 4000.0)))
+    end(laptop, chance.choice(list(WAYS_OUT)))
+    return laptop

@@ -1,0 +1,220 @@
+"""A world for storms around money: a clock of its own, a stand-in cloud without sockets, processes that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import requests
+
+from jobs import durable
+from orchestrator import clock, enrolment, machines, readiness, ssh
+from orchestrator.errors import NotReachable
+from orchestrator.providers import exchange, pace
+from tests.cloud import Clock, LambdaCloud, Timings
+from tests.cloud.adapter import CloudAdapter
+from tests.cloud.instance import Instance
+from tests.faults.light_machines import Room
+
+BEGAN = 1_800_000_000.25
+_CALL_S = 0.15
+URL = "http://127.0.0.1:9"
+
+
+class Killed(BaseException):
+    """The process is killed here. Not an Exception: nothing of ours may catch it and go on."""
+
+
+class Process:
+    """Counts what a process does outside of itself, and dies at one of these effects."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.effects: list[str] = []
+        self._dies_at = dies_at
+        self._is_dead = False
+
+    def effect(self, what: str) -> None:
+        """Note an effect that is about to be, or has just been; raises Killed when this is the one, and ever after."""
+        self.effects.append(what)
+        if self._is_dead or len(self.effects) == self._dies_at:
+            self._is_dead = True
+            raise Killed(what)
+
+
+class World:
+    """One account at the stand-in, laptops that use it, and what must never happen, watched at every request."""
+
+    def __init__(self, folder: Path, seed: int, timings: Timings | None = None) -> None:
+        self.folder = folder
+        self.chance = random.Random(seed)
+        self.clock = Clock(BEGAN)
+        self.core = LambdaCloud(self.clock, seed, timings or Timings(2.0, 20.0, 1.0, 5.0, 5.0, 5.0, 20.0))
+        self.process = Process()
+        self.violations: list[str] = []
+        self.ssh_trouble = 0.0
+        """Which share of contacts over SSH fails."""
+        self.sent: list[str] = []
+        """Markers of paid requests, as often as they were sent."""
+        self.end_asked: set[str] = set()
+        self._turns: dict[str, float] = {}
+        self.room = Room(self._at, self.clock, self._contact, self.clock.advance, set())
+
+    def sleep(self, seconds: float) -> None:
+        """Let a process wait."""
+        self.process.effect(f"sleep {seconds:g}")
+        self.clock.advance(max(seconds, 0.0))
+
+    def turn_s(self, lanes: tuple[pace.Lane, ...]) -> float:
+        """Seconds until there may be a turn, as `pace._ask` counts them in files; 0 when it is taken."""
+        now = self.clock()
+        wait_s = max(self._turns.get(lane.name, 0.0) + lane.every_s - now for lane in lanes)
+        if wait_s <= 0:
+            self._turns |= {lane.name: now for lane in lanes}
+        return wait_s
+
+    def _at(self, host: str) -> Instance | None:
+        return next((one for one in reversed(self.core.ours()) if one.address == host), None)
+
+    def _contact(self, what: str) -> None:
+        self.process.effect(what)
+        self.clock.advance(_CALL_S)
+        if self.ssh_trouble and self.chance.random() < self.ssh_trouble:
+            raise NotReachable("The connection was lost.")
+
+    # --- what is watched ---------------------------------------------------------------------------------------------
+
+    def judge(self, is_well: bool, what: str) -> None:
+        """Note a broken promise."""
+        if not is_well:
+            self.violations.append(what)
+
+    def asked(self, method: str, path: str, body: Any) -> None:
+        """Look at a request before it reaches the cloud."""
+        if method == "POST" and path.endswith("/launch"):
+            self._look_at_order(body)
+        if method == "POST" and path.endswith("/terminate"):
+            ids = set(body["instance_ids"])
+            foreign = {one.instance_id for one in self.core.instances.values() if one.is_foreign}
+            self.judge(not ids & foreign, f"foreign instances were asked to end: {ids & foreign}")
+            self.end_asked |= ids
+
+    def _look_at_order(self, order: Any) -> None:
+        marker, tags = order["name"], {tag["key"]: tag["value"] for tag in order["tags"]}
+        self.judge(marker not in self.sent, f"the paid request {marker} was sent twice")
+        self.sent.append(marker)
+        name = tags["gpu-name"]
+        others = [one for one in self.core.still_billing() if name_of(one) == name]
+        self.judge(not others, f"{name} was asked for while {len(others)} of it cost money")
+        record = durable.load_news(machines.folder(name) / "rental.json")
+        kept = (record.get("state"), record.get("marker"), record.get("instance_id"))
+        self.judge(
+            kept == ("launching", marker, None), f"a paid request was sent without its intent on the disk: {kept}"
+        )
+        deadline = record.get("deadline")
+        told = "none" if deadline is None else str(int(deadline))
+        self.judge(tags["gpu-deadline"] == told, f"the deadline told is {tags['gpu-deadline']}, not {told}")
+        hours = record.get("caps", {}).get("max_hours")
+        if hours is not None:
+            late = deadline is None or deadline > self.clock() + hours * 3600
+            self.judge(not late, f"the deadline {deadline} is later than the cap of {hours} h")
+
+    def answered(self, method: str, path: str) -> None:
+        """Look at what a request has done."""
+        if method != "POST" or not path.endswith("/launch"):
+            return
+        live: dict[str, int] = {}
+        for one in self.core.still_billing():
+            if one.instance_id not in self.end_asked and "doubled" not in one.faults:
+                live[name_of(one)] = live.get(name_of(one), 0) + 1
+        self.judge(all(count == 1 for count in live.values()), f"doubled: {live}")
+
+
+def name_of(instance: Instance) -> str:
+    """What an instance is called here."""
+    return next((str(tag["value"]) for tag in instance.order.get("tags", []) if tag["key"] == "gpu-name"), "?")
+
+
+class _Wire(CloudAdapter):
+    """The way to the stand-in: a process may die before a request, and before it hears of the answer."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world.core, world.clock.advance)
+        self._world = world
+
+    def send(self, request: requests.PreparedRequest, *words: Any, **how: Any) -> requests.Response:
+        """See CloudAdapter."""
+        world, method, path = self._world, request.method or "", (request.url or "").partition("/api/v1")[2]
+        call = f"{method} {path}"
+        world.process.effect(f"before {call}")
+        world.asked(method, path, json.loads(request.body) if request.body else None)
+        world.clock.advance(_CALL_S)
+        try:
+            return super().send(request, *words, **how)
+        finally:
+            world.answered(method, path)
+            world.process.effect(f"after {call}")
+
+
+class Stage:
+    """Puts worlds in the place of the real one, one after the other: patched once, since that takes time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+        self._wire: _Wire | None = None
+        self.world = World(folder, 0)
+
+    def begin(self, seed: int, timings: Timings | None = None) -> World:
+        """A new world; what was left of the one before is removed."""
+        shutil.rmtree(self.world.folder, ignore_errors=True)
+        self._count += 1
+        self.world = World(self._folder / str(self._count), seed, timings)
+        self._wire = _Wire(self.world)
+        random.seed(seed)  # waits are spread by it
+        return self.world
+
+    @contextlib.contextmanager
+    def set(self) -> Iterator[Stage]:
+        """Everything inside the block happens in this stage's world."""
+        with contextlib.ExitStack() as stack:
+            for target, name, stand_in in self._stand_ins():
+                stack.enter_context(mock.patch.object(target, name, stand_in))
+            environment = {"GPU_LAMBDA_URL": URL, "LAMBDA_API_KEY": self.world.core.key, "GPU_LAMBDA_SSH_PORT": "22"}
+            stack.enter_context(mock.patch.dict(os.environ, environment))
+            yield self
+
+    def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:
+        yield clock, "sleep", lambda seconds: self.world.sleep(seconds)
+        yield clock, "monotonic", lambda: self.world.clock()
+        yield clock, "timestamp", lambda: self.world.clock()
+        yield clock, "now", self._now
+        yield exchange._Session, "get_adapter", lambda session, url: self._wire
+        yield importlib.metadata, "version", lambda name: "0"  # it is read from the disk anew for each request
+        for module in (ssh, readiness, enrolment):
+            yield module, "SshMachine", lambda *words: self.world.room.machine(*words)
+        yield ssh, "host_key", lambda host, port: self.world.room.host_key(host, port)
+        yield pace, "_ask", lambda account, lanes: self.world.turn_s(lanes)
+        for name in ("replace_whole", "append", "make_folder"):
+            yield durable, name, self._noted(name, getattr(durable, name))
+        yield machines, "remove", self._noted("remove", machines.remove)
+        for name in ("sync", "sync_folder"):  # power cuts have tests of their own
+            yield durable, name, lambda what: None
+
+    def _now(self) -> str:
+        return datetime.fromtimestamp(self.world.clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def _noted(self, name: str, real: Any) -> Any:
+        def effect(where: Any, *words: Any, **how: Any) -> Any:
+            self.world.process.effect(f"{name} {getattr(where, 'name', where)}")
+            return real(where, *words, **how)
+
+        return effect
