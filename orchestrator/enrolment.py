@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs import durable
-from orchestrator import clock, machines, ssh, ssh_config
+from orchestrator import clock, machines, rentals, ssh, ssh_config
 from orchestrator.channel import HANDSHAKE_S, Channel
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, NotReachable, UsageError
 from orchestrator.machines import Record
@@ -96,6 +96,7 @@ def _add(asked: Asked) -> Record:
                 f"There is a machine {asked.name} already. Nothing was changed.",
                 f"gpu forget {asked.name}, then again.",
             )
+        _not_rented(asked.name, "Choose another name.")
         shutil.rmtree(target, ignore_errors=True)  # of an add that was killed: it has no record
         durable.have_folder(target)
         try:
@@ -306,11 +307,19 @@ def probe(machine: SshMachine) -> Found:
     )
 
 
+def _not_rented(name: str, hint: str) -> None:
+    """Raise UsageError while a rented machine bears the name: its record is what it is given back by."""
+    rental = rentals.find(name)
+    if rental is not None and rental.record.state not in rentals.ENDED:
+        raise UsageError(f"{name} is rented, and may cost money: it is not forgotten. Nothing was changed.", hint)
+
+
 def forget(name: str) -> str:
     """Undo `add`: take our key off the machine if it answers, and delete the folder. Returns what is left, in words."""
     record = machines.load(name)
     left = ""
     with machines.locked():
+        _not_rented(name, f"Give it back: gpu terminate {name}")
         if record.key is None:
             try:
                 with machines.at(name) as machine:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-import shutil
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,12 +108,29 @@ def is_past(rental: Rental) -> bool:
     return rental.may_cost and deadline is not None and clock.timestamp() >= deadline
 
 
+def crontab_line(words: Sequence[str], home: Path) -> str:
+    """The line of a crontab that runs these words every ten minutes, with this state folder; ConfigError if none can.
+
+    In a crontab `%` is the end of the command and a line break that of the line, whatever the shell's quotes say.
+    """
+    log = home / "guard" / "log"
+    command = f"GPU_HOME={shlex.quote(str(home))} {shlex.join(words)} >> {shlex.quote(str(log))} 2>&1"
+    if len(command.splitlines()) != 1:
+        raise ConfigError(f"No line of a crontab can name {str(home)!r}.", "Set GPU_HOME to a folder on one line.")
+    return f"*/10 * * * * {command}\n".replace("%", r"\%")
+
+
+def _command() -> list[str]:
+    """How this very gpu is run from anywhere: cron's PATH is short, and another gpu may be on the user's."""
+    program = Path(sys.executable).with_name("gpu")
+    return [str(program)] if program.is_file() else [sys.executable, "-P", "-m", "orchestrator.cli"]
+
+
 def write_reaper() -> list[Path]:
     """Write a crontab line and a file for scheduled CI that end what is past its caps; returns where they are."""
     folder = config.state_folder() / "guard"
     durable.have_folder(folder)
-    program = shutil.which("gpu") or sys.argv[0]
-    line = f"*/10 * * * * {shlex.quote(program)} audit --fix --past-cap -y >> {shlex.quote(str(folder / 'log'))} 2>&1\n"
-    durable.replace_whole(folder / "crontab", line.encode())
+    line = crontab_line([*_command(), "audit", "--fix", "--past-cap", "-y"], folder.parent)
+    durable.replace_whole(folder / "crontab", os.fsencode(line))
     durable.replace_whole(folder / "gpu-reaper.yml", _WORKFLOW.encode())
     return [folder / "crontab", folder / "gpu-reaper.yml"]

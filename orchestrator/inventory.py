@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from jobs import locks
 from orchestrator import guarding, machines, providers, rentals, runs
-from orchestrator.errors import GpuError
+from orchestrator.errors import ConfigError, GpuError
 from orchestrator.machines import Record
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
@@ -80,9 +81,18 @@ def refresh(name: str | None) -> None:
             ask(record)
     for rental in rentals.known():
         if name in (None, rental.name) and rental.may_cost and rental.record.instance_id:
-            found = providers.open(rental.record.provider).get(rental.record.instance_id)
-            if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
-                rental.save(raw_state=found.raw_state if found else "not listed")
+            _refresh(rental)
+
+
+def _refresh(rental: Rental) -> None:
+    """Ask where an instance stands, and note it, unless another command is at it: that one's record would be undone."""
+    instance_id = rental.record.instance_id or ""
+    found = providers.open(rental.record.provider).get(instance_id)
+    with contextlib.suppress(ConfigError), rental.locked():
+        if rental.record.instance_id != instance_id or not rental.may_cost:
+            return
+        if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
+            rental.save(raw_state=found.raw_state if found else "not listed")
 
 
 def warnings() -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
+    ConfigError,
     GpuError,
     LaunchFailed,
     LaunchUnknown,
@@ -16,6 +17,7 @@ from orchestrator.errors import (
     ProviderDown,
     RateLimited,
     Refused,
+    UsageError,
 )
 from orchestrator.providers import base
 from orchestrator.providers.base import MARKER_TAG, Offer, Order, Provider
@@ -46,7 +48,29 @@ def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool 
 
 
 def advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
-    """Do the one next step. Dying anywhere in it is mended by doing it again."""
+    """Do the one next step. Dying anywhere in it is mended by doing it again.
+
+    Whatever goes wrong while something may cost money is a MayCost: an error of another kind says that nothing does.
+    """
+    try:
+        _advance(rental, provider, say, wait_capacity=wait_capacity)
+    except (GpuError, OSError) as error:
+        if isinstance(error, MayCost) or not rental.may_cost:
+            raise
+        raise _costs(rental, provider, error) from None
+
+
+def _costs(rental: Rental, provider: Provider, error: GpuError | OSError) -> MayCost:
+    why = error.message if isinstance(error, GpuError) else f"{error.filename}: {error.strerror}."
+    instance, price = rental.record.instance_id or "not known yet", rental.price_usd_per_hour or 0.0
+    return MayCost(
+        f"{why} {rental.name} (instance {instance}, {rental.in_words()}) MAY GO ON COSTING {price:.2f} USD/h.",
+        f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}. "
+        f"Or look: {provider.dashboard}",
+    )
+
+
+def _advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) -> None:
     if rental.record.state == "planned":
         ask(rental, provider, _next(rental, provider, say, wait_capacity=wait_capacity), say)
     elif rental.record.state == "launching":
@@ -68,7 +92,7 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
             if left:
                 if look:
                     notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
-                money.check(left[0], rental.caps(), provider.boot_minutes[left[0].count > 1])
+                _check(rental, left[0], provider)
                 return left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
         except NoCapacity as error:
@@ -78,6 +102,15 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
             rental.save(tried=[entry for entry in rental.record.tried if entry["why"].startswith(BAD)])
             clock.sleep(_CAPACITY_EVERY_S)
     raise _given_up(rental, why)
+
+
+def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
+    """Raise ConfigError or UsageError, recorded, unless what is left of the budget and all limits allow the offer."""
+    try:
+        money.check(offer, rental.caps_left(), provider.boot_minutes[offer.count > 1])
+    except (ConfigError, UsageError) as error:
+        _refused(rental, error.message)
+        raise
 
 
 def _was_tried(rental: Rental, offer: Offer) -> bool:
@@ -108,7 +141,7 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     rental.save(key_name=key_name)
     key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
     asked_at = clock.timestamp()
-    hours = rental.caps().hours(offer.price_usd_per_hour)
+    hours = rental.caps_left().hours(offer.price_usd_per_hour)
     deadline = asked_at + hours * 3600 if hours is not None else None
     rental.save(key_name=key_name, deadline=deadline)
     order = _order(rental, provider, marker)
@@ -166,8 +199,6 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     """Up to ready; a machine that is not worth keeping is given back, its offer excluded, and another one tried."""
     try:
         readiness.climb(rental, provider, say)
-    except (AuthRejected, Refused) as error:
-        raise _costs(rental, error) from None
     except LaunchFailed as error:
         say(f"  {error.message} It is given back.")
         returning.end(rental, provider, say)
@@ -177,12 +208,3 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
         rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
         if bad >= _BAD_MACHINES_MAX:
             raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None
-
-
-def _costs(rental: Rental, error: GpuError) -> MayCost:
-    """The error of a machine whose provider says no while it comes up: nothing was rented by that, but before."""
-    price = rental.price_usd_per_hour or 0.0
-    return MayCost(
-        f"{error.message} {rental.name} (instance {rental.record.instance_id}) is rented and COSTS {price:.2f} USD/h.",
-        f"Carry on: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}",
-    )

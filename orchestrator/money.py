@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from jobs import durable
 from orchestrator import clock, keys, ledger
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.providers.base import Offer
@@ -41,11 +41,13 @@ def limits() -> Limits:
 def settings() -> dict[str, Any]:
     """The user config file; empty when there is none. ConfigError when it is damaged."""
     try:
-        found = durable.load_json(keys.user_config())
-    except ValueError:
-        found = []
-    if found is None:
+        found = json.loads(keys.user_config().read_bytes())
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ConfigError(f"{keys.user_config()} cannot be read: {error.strerror}.", "Make it readable.") from None
+    except (ValueError, RecursionError):
+        found = None
     if not isinstance(found, dict):
         raise ConfigError(f"{keys.user_config()} is damaged: it is no JSON object.", "Mend or remove the file.")
     return found

@@ -26,11 +26,14 @@ def is_called(offer: Offer, asked: str) -> bool:
     """Whether an offer's GPU is the one that was typed; a memory in the name (`A100 80GB`) counts too."""
     if offer.gpu is None:
         return False
-    memory = [int(found[1]) for word in asked.lower().split() if (found := _MEMORY.fullmatch(word))]
-    rest = " ".join(word for word in asked.lower().replace("_", " ").split() if not _MEMORY.fullmatch(word))
+    parts = re.split(r"[\s_/-]+", asked.lower())
+    memory = [int(found[1]) for part in parts if (found := _MEMORY.fullmatch(part))]
+    rest = " ".join(part for part in parts if not _MEMORY.fullmatch(part))
     if memory and (offer.vram_gb is None or abs(offer.vram_gb - memory[0]) > memory[0] * (1 - _VRAM_SLACK)):
         return False
     have, want = words(offer.gpu), words(rest)
+    if not want and not memory:  # `--gpu "$GPU"` of a variable that is not set means no machine, not any
+        return False
     runs = {"".join(have[start:end]) for start in range(len(have)) for end in range(start + 1, len(have) + 1)}
     return "".join(want) in runs or all(any(_is_word(word, other) for other in have) for word in want)
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,9 @@ class Rental:
 
     def save(self, **changes: Any) -> None:
         """Change the record and put it on the disk, durably, before anything is done because of it."""
-        for name, value in changes.items():
-            setattr(self.record, name, value)
-        durable.save_json(_path(self.folder), asdict(self.record))
+        changed = replace(self.record, **changes)
+        durable.save_json(_path(self.folder), asdict(changed))
+        self.record = changed
 
     def reload(self) -> None:
         """Read the record again: another process of ours may have gone on with it."""
@@ -119,7 +119,7 @@ class Rental:
 
     def usd(self) -> float:
         """What it has cost so far, all of its instances, in USD; an estimate that rounds up."""
-        return round(sum(lease.usd() for lease in ledger.leases() if lease.machine == self.name), 4)
+        return round(sum(lease.usd() for lease in self.leases()), 4)
 
     @property
     def may_cost(self) -> bool:
@@ -163,6 +163,19 @@ class Rental:
         now = clock.timestamp()
         ledger.close_lease(self.record.marker, now)
         self.save(state=state, gone_at=now, failure=why, raw_state=None)
+
+    def leases(self) -> list[ledger.Lease]:
+        """What of the ledger this machine has cost; an earlier one of the same name is another."""
+        made_at, name = clock.parse(self.record.made_at).timestamp(), self.record.name
+        mine = [lease for lease in ledger.leases() if lease.machine == name]
+        return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == self.record.marker]
+
+    def caps_left(self) -> Caps:
+        """Its limits, less what machines have cost that were given back because they were no good."""
+        caps = self.caps()
+        if caps.budget_usd is None:
+            return caps
+        return replace(caps, budget_usd=max(caps.budget_usd - self.usd(), 0.0))
 
     def in_words(self) -> str:
         """Kind and region."""
@@ -253,9 +266,21 @@ def choose(name: str | None) -> Rental:
 def create(name: str, provider: str, terms: Terms, **found: Any) -> Rental:
     """Make the folder of a machine that is to be rented; UsageError when the name is taken by one that is not gone.
 
-    `found`: fields of the record of one that is rented already, and costs money.
+    `found`: fields of the record of one that is rented already, and costs money. ConfigError when it cannot be
+    written: what is not remembered is not rented.
     """
     machines.check_name(name)
+    try:
+        return _create(name, provider, terms, found)
+    except OSError as error:
+        where = error.filename or machines.folder(name)
+        raise ConfigError(
+            f"The record of {name} cannot be written: {where}: {error.strerror}. Nothing was rented.",
+            "Set GPU_HOME to a folder you can write to, or free some space.",
+        ) from None
+
+
+def _create(name: str, provider: str, terms: Terms, found: dict[str, Any]) -> Rental:
     with machines.locked():
         folder = machines.folder(name)
         old = find(name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import guarding, launching, ledger, money, offers, providers, rentals
-from orchestrator.errors import ConfigError, GpuError, ProviderError
+from orchestrator.errors import ConfigError, GpuError, NoCapacity, ProviderError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
@@ -83,10 +83,20 @@ def plan(asked: Wish) -> tuple[Provider, Offer]:
     While capacity is to be waited for, the cheapest offer that fits, had or not.
     """
     found = accounts(asked.provider)
-    fitting = offers.suitable(listed(found, asked.need), asked.need, had_or_not=asked.wait_capacity)
+    fitting = _fitting(asked, listed(found, asked.need))
     account = next(entry for entry in found if entry.name == fitting[0].provider)
     money.check(fitting[0], asked.caps, account.boot_minutes[fitting[0].count > 1])
     return account, fitting[0]
+
+
+def _fitting(asked: Wish, offered: Sequence[Offer]) -> list[Offer]:
+    """The offers a launch may begin with. A region without any is one that has none free: it can be waited for."""
+    try:
+        return offers.suitable(offered, asked.need, had_or_not=asked.wait_capacity)
+    except NoCapacity:
+        if not asked.wait_capacity or asked.need.region is None:
+            raise
+        return offers.suitable(offered, replace(asked.need, region=None), had_or_not=True)
 
 
 def in_words(asked: Wish, offer: Offer) -> list[str]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, ledger, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, outcome, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
@@ -150,7 +150,7 @@ def tidy(rental: Rental, provider: Provider) -> None:
 
 def receipt(rental: Rental) -> list[str]:
     """What the machine was, how long, and what came of it: lines for a person."""
-    leases = [lease for lease in ledger.leases() if lease.machine == rental.name]
+    leases = rental.leases()
     hours = sum(lease.hours() for lease in leases)
     usd = sum(lease.usd() for lease in leases)
     rows = sum(run.record.rows_home for run in runs.remembered() if run.record.machine == rental.name)

@@ -166,6 +166,7 @@ def terminate(name: str | None, everything: bool, discard: bool, **how: Any) -> 
         else [_chosen(name)]
     )
     say = output.progress(how["quiet"])
+    enforced(say)
     agree(f"Give back {', '.join(rental.name for rental in found) or 'nothing'}?", how["yes"] or not found)
     failures = [failure for rental in found if (failure := _give_back(rental, say, discard=discard))]
     if how["as_json"]:

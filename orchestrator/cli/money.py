@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
@@ -9,7 +10,7 @@ import click
 from orchestrator import audit as audits
 from orchestrator import cleaning, enforcing, errors, guarding, renting
 from orchestrator.cli import output
-from orchestrator.cli.cloud import agree
+from orchestrator.cli.cloud import agree, enforced
 from orchestrator.plain import plain
 
 
@@ -58,6 +59,7 @@ def audit(fix: bool, past_cap: bool, **how: Any) -> None:
               gpu audit --fix --past-cap -y
     """
     say = output.progress(how["quiet"])
+    enforced(say)
     found = audits.Findings()
     failures: list[errors.GpuError] = []
     for account in renting.accounts(None):
@@ -110,6 +112,8 @@ def setup(how: str | None) -> None:
     for name, words in guarding.HOW.items():
         click.echo(f"{name}: {words}", err=True)
     if how is None:
+        if not sys.stdin.isatty():
+            raise errors.UsageError("Nobody can be asked here. Nothing was changed.", "Say which: --how")
         agree_choice = click.prompt(
             "Which one", type=click.Choice(list(guarding.HOW)), default=guarding.chosen(), err=True
         )

@@ -12,7 +12,7 @@ _ABSENT = "global/object-does-not-exist"
 _HIDDEN_S = 30.0
 
 FAULTS: dict[str, Callable[[], list[Fault]]] = {
-    "nothing": lambda: [],
+    "nothing": list,
     # asked too often
     "every call limited twice": lambda: [Fault("rate-limited-json", ALL, 2, detail=3)],
     "limited without an end": lambda: [Fault("rate-limited-text", ALL, 40)],

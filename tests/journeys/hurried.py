@@ -22,6 +22,7 @@ _USUAL: dict[str, Any] = {
     "orchestrator.outcome._LOOK_EVERY_S": 0.2,
     "orchestrator.outcome.SETTLED_S": 4.0,
     "orchestrator.launching._LIMITED_S": 0.2,
+    "orchestrator.audit._TWICE_S": 0.2,
 }
 _LANES = ("_LAUNCHES", "_TERMINATES")
 Done = subprocess.CompletedProcess[str]
@@ -32,22 +33,23 @@ def words(*arguments: str) -> list[str]:
     return [sys.executable, str(Path(__file__)), *arguments]
 
 
-def environment(**waits: float) -> dict[str, str]:
-    """This process's environment, with these waits too: `readiness__GPU_S=2.0` is `orchestrator.readiness._GPU_S`."""
-    named = {f"orchestrator.{name.replace('__', '._', 1)}": value for name, value in waits.items()}
-    return {**os.environ, WAITS: json.dumps(named)}
+def environment(waits: dict[str, float] | None) -> dict[str, str]:
+    """This process's environment, with these waits too, such as `readiness._GPU_S`."""
+    return {**os.environ, WAITS: json.dumps({f"orchestrator.{name}": value for name, value in (waits or {}).items()})}
 
 
 def gpu(*arguments: str, waits: dict[str, float] | None = None, **how: Any) -> Done:
     """What came of `gpu ARGUMENTS`."""
-    how = {"env": environment(**(waits or {})), "timeout": 120, "stdin": subprocess.DEVNULL, **how}
+    how = {"env": environment(waits), "timeout": 120, "stdin": subprocess.DEVNULL, **how}
     return subprocess.run(words(*arguments), capture_output=True, text=True, check=False, **how)
 
 
 def begun(*arguments: str, waits: dict[str, float] | None = None) -> subprocess.Popen[str]:
     """`gpu ARGUMENTS`, running."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words(*arguments), text=True, env=environment(**(waits or {})), **pipes)  # type: ignore[call-overload,no-any-return]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        words(*arguments), text=True, env=environment(waits), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+    )
 
 
 def document(*arguments: str, **how: Any) -> Any:

@@ -67,11 +67,8 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     facts = {"name": "box", "provider": "lambda", "state": "ready", "raw_state": "active", "gpu": "1x A10 PCIe"}
     facts |= {"price_usd_per_hour": 0.75, "instance_id": instance.instance_id, "runs": [], "reachable": True}
     assert facts.items() <= entry.items()
-    assert entry["ssh"] == {
-        "user": "ubuntu",
-        "host": instance.address,
-        "port": quick.machine(entry["instance_id"]).sshd.port,
-    }
+    port = quick.machine(instance.instance_id).sshd.port
+    assert entry["ssh"] == {"user": "ubuntu", "host": instance.address, "port": port}
     assert entry["guard"]["armed"]
     assert entry["cost_usd"] > 0
     said = gpu("exec", "box", "--", "sh", "-c", 'echo "$1" "$USER"', "sh", "it's here")
@@ -84,9 +81,8 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     assert billing(quick) == []
     assert quick.core.account.keys == {}
     costs = document("cost")
-    assert [(entry["name"], entry["provider"], entry["open"]) for entry in costs["machines"]] == [
-        ("box", "lambda", False)
-    ]
+    (spent,) = costs["machines"]
+    assert {"name": "box", "provider": "lambda", "open": False}.items() <= spent.items()
     assert costs["total_usd"] >= float(quick.core.cents()) / 100 - 1e-4
     assert gpu("audit").returncode == 0
     assert gpu("clean", "-y").returncode == 0
@@ -146,7 +142,7 @@ def test_rows_come_home_before_a_machine_goes(quick: Cloud, counting_run: Callab
 
 
 def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[..., Run]) -> None:
-    """With --discard a machine goes although a run works on it; the run keeps what is home, and says what became of it."""
+    """With --discard a machine goes although a run works on it; the run is told so, and keeps what is home."""
     assert gpu(*A10, "--python", sys.executable).returncode == 0
     run = counting_run(on="a10", count=400, pace_s=0.02)
     assert gpu("resume", run.run_id, "--detach").returncode == 0
@@ -161,7 +157,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     ("fault", "how", "said"),
     [
         ("boot-unhealthy", {}, "unhealthy"),
-        ("vanishes", {"seconds": 0.3}, "a10 "),
+        ("vanishes", {}, "does not list it"),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
         ("smi-wrong-count", {"detail": 2}, "2 GPUs"),
@@ -173,7 +169,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
     """What is not what was paid for goes back, with words that say why, and the next offer is tried."""
     quick.fault(fault, **how)
-    launched = gpu(*A10, waits={"readiness__GPU_S": 1.5, "readiness__SSH_S": 1.5, "readiness__LISTED_S": 1.5})
+    launched = gpu(*A10, waits={"readiness._GPU_S": 1.5, "readiness._SSH_S": 1.5, "readiness._LISTED_S": 1.5})
     assert launched.returncode == 0, launched.stderr
     assert said in launched.stderr
     bad, good = quick.core.ours()
@@ -185,7 +181,7 @@ def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: 
 
 
 def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
-    """When every machine is no good the launch ends with words, its exit code says that nothing is rented, and so it is."""
+    """When every machine is no good the launch ends, its exit code says that nothing is rented, and so it is."""
     quick.fault("boot-unhealthy", times=None)
     launched = gpu(*A10)
     assert launched.returncode == 4, launched.stderr
@@ -199,7 +195,7 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")
-    launched = gpu(*A10, waits={"readiness__KEY_PATIENCE_S": 0.5})
+    launched = gpu(*A10, waits={"readiness._KEY_PATIENCE_S": 0.5})
     assert launched.returncode == 0, launched.stderr
     assert "first contact was NOT verified" in launched.stderr
     (instance,) = quick.core.ours()
