@@ -140,9 +140,13 @@ class Ended:
         """Whether it did what it was to do."""
         return self.error is None and not self.was_killed
 
+    @property
+    def how(self) -> str:
+        """In a word: `done`, `killed`, or the kind of its error."""
+        return "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
+
     def __str__(self) -> str:
-        how = "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
-        return f"{self.command}({how} after {self.effects})"
+        return f"{self.command}({self.how} after {self.effects})"
 
 
 class Laptop:
@@ -156,8 +160,13 @@ class Laptop:
     @contextmanager
     def at(self) -> Iterator[None]:
         """Be at this computer."""
-        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)}):
+        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)} | self.world.environment):
             yield
+
+    def remembers(self) -> bool:
+        """Whether it remembers a machine that has not ended."""
+        with self.at():
+            return any(rental.record.state not in ENDED for rental in rentals.known())
 
     def run(self, command: str, dies_at: int | None = None) -> Ended:
         """Type a command, which may be killed at one of its effects."""
