@@ -13,7 +13,7 @@ _HIDDEN_S = 30.0
 
 Faults = Callable[[], list[Fault]]
 AT_LAUNCH: dict[str, Faults] = {
-    "nothing": lambda: [],
+    "nothing": list,
     # asked too often
     "every call limited twice": lambda: [Fault("rate-limited-json", ALL, 2, detail=3)],
     "limited without an end": lambda: [Fault("rate-limited-text", ALL, 40)],

@@ -1,4 +1,4 @@
-"""A world for storms around money: a clock of its own, a stand-in cloud without sockets, processes that can be killed."""
+"""A world for storms around money: a clock of its own, a stand-in cloud without sockets, processes that die."""
 
 from __future__ import annotations
 
