@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orchestrator import clock, guarding, machines, rentals, returning
+from orchestrator import clock, guarding, ledger, machines, rentals, returning
 from orchestrator.errors import GpuError, UsageError
 from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
 from orchestrator.rentals import Caps, Rental, Terms
@@ -155,6 +155,7 @@ def rebuild(provider: Provider, instance: Instance) -> Rental:
         terms,
         state="stopping",
         marker=marker,
+        lease=_free_lease(marker, instance.instance_id),
         offer=asdict(_offer(provider, instance)),
         asked_at=marked_at(marker),
         instance_id=instance.instance_id,
@@ -162,6 +163,15 @@ def rebuild(provider: Provider, instance: Instance) -> Rental:
         deadline=_deadline(instance),
         key_name=next((key for key in instance.key_names if key.startswith("gpu-2")), ""),
     )
+
+
+def _free_lease(marker: str, instance_id: str) -> str:
+    """What the ledger is to call the cost of an instance whose marker stands there for another, or for one closed."""
+    is_taken = any(
+        lease.marker == marker and (lease.instance_id != instance_id or lease.closed_at is not None)
+        for lease in ledger.leases()
+    )
+    return f"{marker}+{instance_id}" if is_taken else ""
 
 
 def _free_name(name: str, marker: str) -> str:

@@ -11,7 +11,8 @@ ALL = r"."
 _ABSENT = "global/object-does-not-exist"
 _HIDDEN_S = 30.0
 
-FAULTS: dict[str, Callable[[], list[Fault]]] = {
+Faults = Callable[[], list[Fault]]
+AT_LAUNCH: dict[str, Faults] = {
     "nothing": list,
     # asked too often
     "every call limited twice": lambda: [Fault("rate-limited-json", ALL, 2, detail=3)],
@@ -57,7 +58,6 @@ FAULTS: dict[str, Callable[[], list[Fault]]] = {
     "quota": lambda: [Fault("quota")],
     "key refused at launch": lambda: [Fault("bad-key", "launch")],
     "key refused while it boots": lambda: [Fault("bad-key", GET_ONE, 1, 1)],
-    "key refused at its end": lambda: [Fault("bad-key", "terminate")],
     "account inactive": lambda: [Fault("inactive", "launch")],
     # a machine that comes up late, or not at all
     "listed late": lambda: [Fault("invisible", seconds=_HIDDEN_S)],
@@ -82,7 +82,17 @@ FAULTS: dict[str, Callable[[], list[Fault]]] = {
     "half the memory": lambda: [Fault("smi-wrong-memory")],
     "CUDA fails": lambda: [Fault("cuda-error")],
     "bad machine whose end is ignored": lambda: [Fault("smi-wrong-gpu"), Fault("terminate-ignored")],
-    # the end
+    # what answers look like
+    "unknown fields": lambda: [Fault("unknown-fields", ALL, None)],
+    "null fields": lambda: [Fault("null-fields", ALL, None)],
+    "key of the account lost": lambda: [Fault("null-data", "POST /ssh-keys")],
+    "no catalogue": lambda: [Fault("failed", "instance-types", 7)],
+    "API down while it boots": lambda: [Fault("failed", "GET /instances", 12, 1)],
+}
+"""What goes wrong from the start. Each makes its faults anew: they count down."""
+AT_END: dict[str, Faults] = {
+    "key refused": lambda: [Fault("bad-key", "terminate")],
+    "key refused after the end was asked for": lambda: [Fault("bad-key", GET_ONE)],
     "end ignored": lambda: [Fault("terminate-ignored")],
     "end ignored thrice": lambda: [Fault("terminate-ignored", times=3)],
     "end late": lambda: [Fault("terminate-late", seconds=200.0)],
@@ -97,17 +107,11 @@ FAULTS: dict[str, Callable[[], list[Fault]]] = {
     "end denied with a lie": lambda: [Fault("error", "terminate", detail=_ABSENT)],
     "one lie of absence, end ignored": lambda: [
         Fault("terminate-ignored"),
-        Fault("error", GET_ONE, 1, 8, detail=_ABSENT),
+        Fault("error", GET_ONE, 1, detail=_ABSENT),
     ],
     "pages of 404, end ignored": lambda: [
         Fault("terminate-ignored", times=None),
-        Fault("failed", GET_ONE, None, 9, detail=404),
+        Fault("failed", GET_ONE, None, detail=404),
     ],
-    # what answers look like
-    "unknown fields": lambda: [Fault("unknown-fields", ALL, None)],
-    "null fields": lambda: [Fault("null-fields", ALL, None)],
-    "key of the account lost": lambda: [Fault("null-data", "POST /ssh-keys")],
-    "no catalogue": lambda: [Fault("failed", "instance-types", 7)],
-    "API down while it boots": lambda: [Fault("failed", "GET /instances", 12, 1)],
 }
-"""Each makes its faults anew: they count down."""
+"""What goes wrong once there is a machine, and its end is asked for."""

@@ -140,9 +140,13 @@ class Ended:
         """Whether it did what it was to do."""
         return self.error is None and not self.was_killed
 
+    @property
+    def how(self) -> str:
+        """In a word: `done`, `killed`, or the kind of its error."""
+        return "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
+
     def __str__(self) -> str:
-        how = "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
-        return f"{self.command}({how} after {self.effects})"
+        return f"{self.command}({self.how} after {self.effects})"
 
 
 class Laptop:
@@ -156,8 +160,13 @@ class Laptop:
     @contextmanager
     def at(self) -> Iterator[None]:
         """Be at this computer."""
-        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)}):
+        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)} | self.world.environment):
             yield
+
+    def remembers(self) -> bool:
+        """Whether it remembers a machine that has not ended."""
+        with self.at():
+            return any(rental.record.state not in ENDED for rental in rentals.known())
 
     def run(self, command: str, dies_at: int | None = None) -> Ended:
         """Type a command, which may be killed at one of its effects."""
@@ -165,6 +174,8 @@ class Laptop:
         world.process = Process(dies_at)
         before = {one.instance_id for one in world.core.still_billing()}
         with self.at():
+            rental = rentals.find(NAME)
+            was_ready = rental is not None and rental.record.state == "ready"
             try:
                 COMMANDS[command]()
             except GpuError as caught:
@@ -174,7 +185,8 @@ class Laptop:
             ended = Ended(command, len(world.process.effects), error, was_killed)
             self.history.append(ended)
             world.process = Process()
-            self._judge(ended, before)
+            if not was_ready:  # else nothing was to be done, and nothing was asked
+                self._judge(ended, before)
         return ended
 
     def _judge(self, ended: Ended, before: set[str]) -> None:
@@ -376,8 +388,7 @@ def rage(world: World, seed: int) -> Laptop:
     for _ in range(chance.choice((0, 1, 1, 2, 3, 4))):
         world.core.faults.add(random_fault(world))
     world.ssh_trouble = chance.choice((0.0, 0.0, 0.2))
-    idle = mock.patch.object(idleness, "too_long", lambda rental: "it is idle" if chance.random() < 0.3 else "")
-    with idle:
+    with mock.patch.object(idleness, "too_long", side_effect=lambda _: chance.choice(("", "", "it is idle"))):
         for number in range(chance.randint(1, 5)):
             dies_at = chance.choice((None, chance.randint(1, 20), chance.randint(1, 80), chance.randint(1, 160)))
             laptop.run(chance.choice(_TYPED[: 2 if number == 0 else None]), dies_at)
