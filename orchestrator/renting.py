@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import guarding, launching, ledger, machines, money, offers, providers, rentals
-from orchestrator.errors import ConfigError, GpuError, NoCapacity, ProviderError, UsageError
+from orchestrator import guarding, launching, ledger, machines, market, money, offers, providers, rentals
+from orchestrator.errors import ConfigError, GpuError, NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
@@ -29,52 +28,12 @@ class Wish:
     wait_capacity: bool = False
 
 
-def need(how: dict[str, Any]) -> Need:
-    """The need that the options of a command say; of any number of GPUs unless it is said."""
-    return Need(
-        gpu=how["gpu"],
-        type_name=how["type_name"],
-        count=how["count"],
-        min_vram_gb=how["min_vram"],
-        max_price_usd_per_hour=how["max_price"],
-        region=how["region"],
-        disk_gb=how["disk"],
-        spot=how["spot"],
-    )
-
-
 def wish(how: dict[str, Any]) -> Wish:
     """What a command that rents was asked: one GPU unless it is said, and caps."""
-    asked = need(how)
+    asked = market.need(how)
     caps = Caps(how["max_hours"], how["idle_minutes"], how["budget"])
     one = asked if asked.count is not None else replace(asked, count=1)
     return Wish(one, caps, how["provider"], how["python"], how["wait_capacity"])
-
-
-def accounts(name: str | None) -> list[Provider]:
-    """The clouds to be asked: the one named, else every one with a key here. ConfigError when there is none."""
-    if name is not None:
-        return [providers.open(name)]
-    found = [account for name in providers.names() if (account := providers.open_if_any(name)) is not None]
-    if not found:
-        names = providers.names()
-        providers.open(names[0])  # says which key is missing, and where to get one
-    return found
-
-
-def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
-    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not."""
-    with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="offers") as pool:
-        answers = [pool.submit(account.offers, need) for account in found]
-    offered, errors = [], []
-    for answer in answers:
-        try:
-            offered += answer.result()
-        except ProviderError as error:
-            errors.append(error)
-    if errors and not offered:
-        raise errors[0]
-    return offered
 
 
 def plan(asked: Wish) -> tuple[Provider, Offer]:
@@ -82,8 +41,8 @@ def plan(asked: Wish) -> tuple[Provider, Offer]:
 
     While capacity is to be waited for, the cheapest offer that fits, had or not.
     """
-    found = accounts(asked.provider)
-    fitting = _fitting(asked, listed(found, asked.need))
+    found = market.accounts(asked.provider)
+    fitting = _fitting(asked, market.listed(found, asked.need))
     account = next(entry for entry in found if entry.name == fitting[0].provider)
     money.check(fitting[0], asked.caps, account.boot_minutes[fitting[0].count > 1])
     return account, fitting[0]

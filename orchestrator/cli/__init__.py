@@ -12,7 +12,7 @@ from orchestrator import errors
 
 _COMMANDS = {
     "jobs": ("jobs", "The catalogue of jobs, and what each takes"),
-    "offers": ("cloud", "What can be rented, cheapest first"),
+    "offers": ("offers", "What can be rented, cheapest first"),
     "launch": ("cloud", "Rent a machine and wait until it is ready"),
     "wait": ("cloud", "Go on with a launch until the machine is ready"),
     "terminate": ("cloud", "Give machines back, once all rows are home"),
@@ -40,7 +40,7 @@ _COMMANDS = {
     "doctor": ("house", "Check keys, tools, disk and machines; say how to mend them"),
 }
 """Each command with the module of this package it lives in, and its line in the help."""
-_VARIABLES = {"offers": "offers_", "sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
+_VARIABLES = {"sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
 """Commands that Python cannot have a variable of the same name for, or that a module has another one for."""
 
 

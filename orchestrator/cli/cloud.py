@@ -1,4 +1,4 @@
-"""`gpu offers`, `launch`, `wait` and `terminate`: machines that are rented, and given back."""
+"""`gpu launch`, `wait` and `terminate`: machines that are rented, and given back."""
 
 from __future__ import annotations
 
@@ -20,47 +20,7 @@ from orchestrator import (
     returning,
 )
 from orchestrator.cli import completion, output, wishes
-from orchestrator.providers.base import Offer
 from orchestrator.rentals import Rental
-
-
-@click.command(name="offers")
-@wishes.need
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def offers_(as_json: bool, **how: Any) -> None:
-    """What can be rented, cheapest first; what cannot be had just now comes last.
-
-    \b
-    Example:  gpu offers --gpu A100 --max-price 2
-    """
-    asked = renting.need(how)
-    listed = renting.listed(renting.accounts(how["provider"]), asked)
-    try:
-        found = offers.suitable(listed, asked, had_or_not=True)
-    except errors.NoCapacity:
-        if as_json:
-            output.document([])
-        raise
-    if as_json:
-        output.document([offers.document(offer) for offer in found])
-        return
-    titles = ["PROVIDER", "TYPE", "GPU", "VRAM", "REGION", "USD/H", "AVAILABLE"]
-    output.columns(titles, [_line(offer) for offer in found])
-
-
-def _line(offer: Offer) -> list[str]:
-    gpu = f"{offer.count}x {offer.gpu}" if offer.gpu else "-"
-    vram = f"{offer.vram_gb:g} GB" if offer.vram_gb else "-"
-    available = "yes" if offer.available else "no"
-    return [
-        offer.provider,
-        offer.type_name,
-        gpu,
-        vram,
-        offer.region or "-",
-        f"{offer.price_usd_per_hour:.2f}",
-        available,
-    ]
 
 
 @click.command()

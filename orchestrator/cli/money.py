@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from orchestrator import audit as audits
-from orchestrator import cleaning, enforcing, errors, guarding, renting
+from orchestrator import cleaning, enforcing, errors, guarding, market, renting
 from orchestrator.cli import output
 from orchestrator.cli.cloud import agree, enforced
 from orchestrator.plain import plain
@@ -62,7 +62,7 @@ def audit(fix: bool, past_cap: bool, **how: Any) -> None:
     enforced(say)
     found = audits.Findings()
     failures: list[errors.GpuError] = []
-    for account in renting.accounts(None):
+    for account in market.accounts(None):
         mine = audits.look(account, past_cap_only=past_cap)
         if fix and mine:
             agree(f"End {mine.count()} of them?", how["yes"])

@@ -1,0 +1,51 @@
+"""The clouds asked for their offers, side by side: what a user's options ask for, and who may have it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from orchestrator import providers
+from orchestrator.errors import ProviderError
+from orchestrator.providers.base import Need, Offer, Provider
+
+
+def need(how: dict[str, Any]) -> Need:
+    """The need that the options of a command say; of any number of GPUs unless it is said."""
+    return Need(
+        gpu=how["gpu"],
+        type_name=how["type_name"],
+        count=how["count"],
+        min_vram_gb=how["min_vram"],
+        max_price_usd_per_hour=how["max_price"],
+        region=how["region"],
+        disk_gb=how["disk"],
+        spot=how["spot"],
+    )
+
+
+def accounts(name: str | None) -> list[Provider]:
+    """The clouds to be asked: the one named, else every one with a key here. ConfigError when there is none."""
+    if name is not None:
+        return [providers.open(name)]
+    found = [account for name in providers.names() if (account := providers.open_if_any(name)) is not None]
+    if not found:
+        names = providers.names()
+        providers.open(names[0])  # says which key is missing, and where to get one
+    return found
+
+
+def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
+    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not."""
+    with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="offers") as pool:
+        answers = [pool.submit(account.offers, need) for account in found]
+    offered, errors = [], []
+    for answer in answers:
+        try:
+            offered += answer.result()
+        except ProviderError as error:
+            errors.append(error)
+    if errors and not offered:
+        raise errors[0]
+    return offered
