@@ -160,10 +160,10 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
         ("vanishes", {}, "does not list it"),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
-        ("smi-wrong-count", {"detail": 2}, "2 GPUs"),
-        ("smi-missing", {}, "shows no GPU"),
+        pytest.param("smi-wrong-count", {"detail": 2}, "2 GPUs", marks=pytest.mark.slow),
+        pytest.param("smi-missing", {}, "shows no GPU", marks=pytest.mark.slow),
         ("cuda-error", {}, "driver error 802"),
-        ("publickey-denied", {}, "does not let us in"),
+        pytest.param("publickey-denied", {}, "does not let us in", marks=pytest.mark.slow),
     ],
 )
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
