@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -87,6 +88,8 @@ def _order(run: Run, machine: Machine) -> dict[str, Any]:
         "gpus": record.gpus,
         "queue": record.queue,
         "restarts": not is_command,
+        "mirror": record.mirror,
+        "machine": machine.name,
     }
 
 
@@ -213,19 +216,34 @@ def _lost(run: Run, attempt: int) -> dict[str, str]:
     return {"kind": "lost", "message": message, "hint": f"Carry on: gpu resume {run.run_id}"}
 
 
-def machine_is_gone(run: Run) -> None:
-    """Take over that the run's machine is no more, by its provider's own word: nothing of the run is there now."""
-    if run.record.state not in ENDED:
-        message = (
-            f"{run.record.machine} is gone, and with it what it had not sent. {run.record.rows_home} rows are home."
-        )
+def machine_is_gone(run: Run, arrivals: Arrivals, news: News) -> None:
+    """Take over that a machine of the run is no more, by its provider's own word; a mirror is read first."""
+    name = arrivals.copy.folder.name
+    from_mirror(run, arrivals, news)
+    if run.record.machine == name and run.record.state in ("pushed", "running"):
+        message = f"{name} is gone, and with it what it had not sent. {run.record.rows_home} rows are home."
         failure = {"kind": "lost", "message": message, "hint": f"Carry on elsewhere: gpu resume {run.run_id} --gpu …"}
         run.end_leg()
         run.save(state="lost", finished_at=clock.now(), failure=failure)
-    former = [
-        {**entry, "settled": entry["settled"] or rentals.is_gone(entry["machine"])} for entry in run.record.former
-    ]
+    former = [{**entry, "settled": entry["settled"] or entry["machine"] == name} for entry in run.record.former]
     run.save(former=former)
+
+
+def from_mirror(run: Run, arrivals: Arrivals, news: News) -> None:
+    """Bring home what the run's mirror holds of a machine that cannot be asked; that it cannot be read is said."""
+    if not run.record.mirror:
+        return
+    from orchestrator import mirrors
+
+    try:
+        source = mirrors.source(run.record.mirror, run.run_id, os.environ.get("HF_TOKEN"))
+        end = mirrors.gather(source, arrivals.copy.folder.name, arrivals)
+    except GpuError as error:
+        news({"say": f"The mirror {run.record.mirror} gave nothing: {error.message}"}, b"")
+        return
+    follow.note(run, arrivals)
+    if run.record.machine == arrivals.copy.folder.name and end.get("state") == "ended":
+        settle(run, arrivals, end)
 
 
 def again(run: Run) -> None:

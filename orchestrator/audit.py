@@ -7,16 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orchestrator import clock, guarding, machines, rentals, returning
+from orchestrator import clock, guarding, ledger, machines, rentals, returning
 from orchestrator.errors import GpuError, UsageError
 from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
 from orchestrator.rentals import Caps, Rental, Terms
 
 _SAME_MAX = 100
-_NOTHING_AFTER_S = 600.0
-"""A request whose instance is in no list after so long made none."""
-_TWICE_S = 5.0
-"""Between the two lists that are to be without it."""
 Say = Callable[[str], None]
 
 
@@ -137,25 +133,10 @@ def _kept(errors: list[GpuError]) -> Any:
 def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: bool) -> None:
     rental = entry if isinstance(entry, Rental) else rebuild(provider, entry)
     with rental.locked():
-        if rental.record.state == "launching" and _made_nothing(provider, rental):
-            rental.is_gone("refused", "nothing came of the request")
-            return
         if discard:
             returning.at_deadline(rental, provider, say)
         else:
             returning.end(rental, provider, say)
-
-
-def _made_nothing(provider: Provider, rental: Rental) -> bool:
-    """Whether a request without an answer surely made nothing: it is old, and two lists are without its marker."""
-    if clock.timestamp() < (rental.record.asked_at or 0.0) + _NOTHING_AFTER_S:
-        return False
-    for look_again in (True, False):
-        if any(entry.marker == rental.record.marker for entry in provider.instances()):
-            return False
-        if look_again:
-            clock.sleep(_TWICE_S)
-    return True
 
 
 def rebuild(provider: Provider, instance: Instance) -> Rental:
@@ -174,6 +155,7 @@ def rebuild(provider: Provider, instance: Instance) -> Rental:
         terms,
         state="stopping",
         marker=marker,
+        lease=_free_lease(marker, instance.instance_id),
         offer=asdict(_offer(provider, instance)),
         asked_at=marked_at(marker),
         instance_id=instance.instance_id,
@@ -181,6 +163,15 @@ def rebuild(provider: Provider, instance: Instance) -> Rental:
         deadline=_deadline(instance),
         key_name=next((key for key in instance.key_names if key.startswith("gpu-2")), ""),
     )
+
+
+def _free_lease(marker: str, instance_id: str) -> str:
+    """What the ledger is to call the cost of an instance whose marker stands there for another, or for one closed."""
+    is_taken = any(
+        lease.marker == marker and (lease.instance_id != instance_id or lease.closed_at is not None)
+        for lease in ledger.leases()
+    )
+    return f"{marker}+{instance_id}" if is_taken else ""
 
 
 def _free_name(name: str, marker: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs import durable, spec
-from orchestrator import clock, machines, transport
+from orchestrator import clock, machines, on_machine, transport
 from orchestrator.errors import BadAnswer, GpuError, LoginRefused, MachineGone, NotReachable
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import Run
@@ -48,6 +48,7 @@ def pull(run: Run, machine: Machine, arrivals: Arrivals, pace: Pace, news: News)
             if frame.get("end"):
                 machines.note(machine.name, True)
                 note(run, arrivals)
+                on_machine.tell_home(run, machine, arrivals)
                 return frame
             arrivals.take(frame, data)
             news(frame, data)

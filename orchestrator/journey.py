@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jobs import locks
 from orchestrator import advance, clock, delivery, follow, machines, planning, rentals
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
@@ -119,6 +117,9 @@ def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) ->
             advance.stop(run, machine, advance.GRACE_S)
             _look(run, machine, arrivals, _unseen)
     except (NotReachable, HostKeyChanged, LoginRefused) as error:
+        if machine.is_gone():
+            advance.machine_is_gone(run, arrivals, _unseen)
+            return True
         if not take_over:
             raise type(error)(
                 f"{error.message} {run.run_id} may still run on {machine.name}: unreachable is not dead. Nothing was "
@@ -126,6 +127,7 @@ def _is_over(run: Run, machine: Machine, arrivals: Arrivals, take_over: bool) ->
                 f"If that machine is surely gone: gpu resume {run.run_id} --on … --take-over. What it still made "
                 "comes home when it answers again.",
             ) from None
+        advance.from_mirror(run, arrivals, _unseen)
         return False
     if run.record.state == "running" or advance.is_unsettled(run, machine.name):
         raise UsageError(
@@ -224,25 +226,25 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
                     step(run, machine, arrivals, news)
                 except NotReachable:
                     machines.note(machine.name, False)
-                    raise
+                    if step is _gone or not machine.is_gone():
+                        raise
+                    advance.machine_is_gone(run, arrivals, news)
     return True
 
 
-def machine_is_gone(run: Run) -> None:
+def machine_is_gone(run: Run, name: str) -> None:
     """Take over that a machine of the run is no more, unless another process follows the run: that one will."""
-    lock = locks.take(run.home.lock)
-    if lock is not None:
-        try:
-            run.reload()
-            advance.machine_is_gone(run)
-        finally:
-            os.close(lock)
+    _taken(run, _unseen, _gone, name)
+
+
+def _gone(run: Run, _machine: Machine, arrivals: Arrivals, news: News) -> None:
+    advance.machine_is_gone(run, arrivals, news)
 
 
 def _look(run: Run, machine: Machine, arrivals: Arrivals, news: News) -> None:
     """Bring home what there is and take over how the run stands, without waiting for its end."""
     if rentals.is_gone(machine.name):
-        advance.machine_is_gone(run)
+        advance.machine_is_gone(run, arrivals, news)
         return
     if run.record.state in ("pushed", "running"):
         end = follow.pull(run, machine, arrivals, follow.NOW, news)

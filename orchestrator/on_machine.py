@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from jobs import spec
-from orchestrator import transport
-from orchestrator.errors import BadAnswer, ConfigError
+from orchestrator import rentals, transport
+from orchestrator.errors import BadAnswer, ConfigError, GpuError
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
@@ -46,6 +47,14 @@ def _guard_said(machine: Machine, answer: dict[str, Any]) -> dict[str, Any]:
     if type(answer.get("alive")) is not bool:
         raise BadAnswer(f"{machine.name} did not say how its guard stands: {str(answer)[:200]}")
     return answer
+
+
+def tell_home(run: Run, machine: Machine, arrivals: Arrivals) -> None:
+    """Tell a machine with a guard of its own what is home, so that it may end when idle; untold, it is kept."""
+    rental = rentals.find(machine.name)
+    if rental is not None and rental.record.guard == "on-machine" and rental.record.state == "ready":
+        with contextlib.suppress(GpuError):
+            acknowledge(run, machine, arrivals)
 
 
 def acknowledge(run: Run, machine: Machine, arrivals: Arrivals) -> list[str]:

@@ -41,6 +41,7 @@ class Asked:
     gpus: int | None = None
     queue: bool = False
     environment: str | None = None
+    mirror: str = ""
     rents: dict[str, Any] = field(default_factory=dict)
     """What is asked of a machine to be rented for it; empty: nothing is."""
     terminate: bool = False
@@ -111,6 +112,7 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
         gpus=asked.gpus,
         queue=asked.queue,
         environment=None if environment == "none" else environment,
+        mirror=asked.mirror,
         rents=asked.rents,
         terminate=asked.terminate,
         keep_on_failure_minutes=asked.keep_on_failure,

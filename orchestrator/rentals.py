@@ -64,6 +64,8 @@ class Record:
     raw_state: str | None = None
     marker: str = ""
     """Of the newest paid request."""
+    lease: str = ""
+    """What the ledger calls its cost, where that is not its marker: another lease has that."""
     offer: dict[str, Any] = field(default_factory=dict)
     """What that request was for."""
     asked_at: float | None = None
@@ -148,7 +150,7 @@ class Rental:
         record = self.record
         ledger.open_lease(
             ledger.Lease(
-                record.marker,
+                record.lease or record.marker,
                 record.name,
                 record.provider,
                 price_usd_per_hour=float(record.offer["price_usd_per_hour"]),
@@ -161,7 +163,7 @@ class Rental:
     def is_gone(self, state: str = "gone", why: str = "") -> None:
         """Take over that the provider said, twice, that the instance is gone: it costs no more."""
         now = clock.timestamp()
-        ledger.close_lease(self.record.marker, now)
+        ledger.close_lease(self.record.lease or self.record.marker, now)
         self.save(state=state, gone_at=now, failure=why, raw_state=None)
 
     def leases(self) -> list[ledger.Lease]:

@@ -75,8 +75,10 @@ def end(rental: Rental, provider: Provider, say: Say) -> None:
     """
     if rental.record.state == "launching" and rental.record.instance_id is None:
         outcome.settle(rental, provider, say)
-    if rental.record.instance_id is None or rental.record.state in ENDED:
-        rental.save(state=rental.record.state if rental.record.state in ENDED else "gone")
+    if rental.record.state in ENDED:
+        return
+    if rental.record.instance_id is None:
+        rental.save(state="gone")
         return
     rental.save(state="stopping")
     say(f"giving {rental.name} back")
@@ -140,11 +142,10 @@ def tidy(rental: Rental, provider: Provider) -> None:
             rental.save(key_name="")
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
-    # the public halves too, and host_key.pub first of the keys: while it is there, a launch takes all four for made
-    for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):
+    for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
-        journey.machine_is_gone(runs.find(name))
+        journey.machine_is_gone(runs.find(name), rental.name)
 
 
 def receipt(rental: Rental) -> list[str]:

@@ -65,6 +65,8 @@ class Record:
     """The environment the machine makes for it (`train`, `serve`); None: it needs none."""
     legs: list[dict[str, Any]] = field(default_factory=list)
     """Each stay on a machine: `machine`, `usd_per_hour`, and `since` and `until` in seconds since 1970 (None: now)."""
+    mirror: str = ""
+    """Where else its files are copied while it goes on; empty: nowhere."""
     rents: dict[str, Any] = field(default_factory=dict)
     """What was asked of the machine that is rented for it alone; empty: it runs on one there is."""
     terminate: bool = False

@@ -61,7 +61,7 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
         try:
             go()
         except MachineGone as error:
-            journey.machine_is_gone(run)
+            journey.machine_is_gone(run, run.record.machine)
             notices.tell("machine_lost", run_id=run.run_id, machine=run.record.machine, message=error.message)
         except DeadlineOver as error:
             _end_in_time(run, error, say)

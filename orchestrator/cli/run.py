@@ -26,18 +26,8 @@ _PATIENCE_S = 10.0
 _SETTING = "A parameter of the job; may be given many times."
 AFTER = "gpu.after"
 """Where the words after `--` are kept while a command line is parsed."""
-_ASKED = (
-    "settings",
-    "limit",
-    "needs",
-    "outs",
-    "env_names",
-    "gpus",
-    "queue",
-    "environment",
-    "terminate",
-    "keep_on_failure",
-)
+_ASKED = ("settings", "limit", "needs", "outs", "env_names", "gpus", "queue", "environment", "mirror")
+_AFTERWARDS = ("terminate", "keep_on_failure")
 _WISH = ("machine", "take_over", "queue", "new_code")
 
 
@@ -73,6 +63,7 @@ class Command(click.Command):
 @click.option("--environment", type=click.Choice(spec.ENVIRONMENTS), help="What Python packages it gets there.")
 @wishes.need
 @wishes.caps
+@click.option("--mirror", metavar="PATH|hf://REPO", default="", help="Where else its rows are kept while it goes on.")
 @click.option("--terminate", is_flag=True, help="Give its machine back once all is home, after a failure too.")
 @click.option(
     "--keep-on-failure", type=click.FloatRange(0, 1440), default=0.0, metavar="MIN", help="Then keep it so long."
@@ -96,7 +87,7 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
     enforced(output.progress(how["quiet"]))
     rents = _is_rented(how)
     machine = machines.LOCAL if rents else machines.choose(how["machine"])
-    asked = planning.Asked(machine=machine, **{key: how[key] for key in _ASKED})
+    asked = planning.Asked(machine=machine, **{key: how[key] for key in (*_ASKED, *_AFTERWARDS)})
     document = planning.request(asked, job)
     if rents:
         asked = _rented(asked, document, how)

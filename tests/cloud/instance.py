@@ -113,6 +113,11 @@ class Instance:
         shown_at = self.launched_at + self.timings.visibility_delay_s + self._late("invisible")
         return now >= shown_at and self.status(now) is not None
 
+    @property
+    def is_hidden_wholly(self) -> bool:
+        """Whether even its end cannot be asked for while it is not shown."""
+        return "invisible" in self.faults and self.faults["invisible"].detail == "wholly"
+
     def runs(self, now: float) -> bool:
         """Whether there is a computer that has booted."""
         over = any(at is not None and now >= at for at in (self.ending_at, self.lost_at))

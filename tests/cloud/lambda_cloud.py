@@ -182,7 +182,9 @@ class LambdaCloud:
         if self.quota is not None and len(self.still_billing()) >= self.quota:
             raise Failure("global/quota-exceeded")
         found = {fault.what: fault for fault in self.faults.every("launch", _LAUNCH, order)}
-        return {"instance_ids": [self._made(order, found).instance_id]}
+        made = [self._made(order, found).instance_id for _ in range(2 if "doubled" in found else 1)]
+        named = made if "doubled" in found and found["doubled"].detail == "both" else made[:1]
+        return {"instance_ids": named}
 
     def _made(self, order: Json, faults: dict[str, Fault]) -> Instance:
         address = (
@@ -237,7 +239,8 @@ class LambdaCloud:
     def _known(self, instance_id: str, is_shown: bool = False) -> Instance:
         """An instance; Failure when the provider knows of none, or with `is_shown` does not show it yet."""
         now, found = self.clock(), self.instances.get(instance_id)
-        if found is None or found.status(now) is None or (is_shown and not found.is_visible(now)):
+        hides = found is not None and (is_shown or found.is_hidden_wholly) and not found.is_visible(now)
+        if found is None or found.status(now) is None or hides:
             raise Failure("global/object-does-not-exist")
         return found
 

@@ -93,6 +93,25 @@ def test_refusals_of_the_account_and_of_capacity(core: LambdaCloud) -> None:
     assert len(core.ours()) == 1
 
 
+@pytest.mark.parametrize(("named", "count"), [(None, 1), ("both", 2)])
+def test_two_of_one_request_cost_money_both(core: LambdaCloud, named: str | None, count: int) -> None:
+    """A request that makes two has them billed both, whether its answer names one or both."""
+    core.faults.add(Fault("doubled", detail=named))
+    status, data = ask(core, "POST", LAUNCH, ORDER)
+    assert (status, len(data["instance_ids"])) == (200, count)
+    assert core.per_name() == {"gpu-a": 2}
+    assert len(core.still_billing()) == 2
+
+
+def test_what_is_hidden_wholly_cannot_be_ended_yet(core: LambdaCloud, clock: Clock) -> None:
+    """An instance that even terminate does not know goes on costing money; once it is shown it can be ended."""
+    core.faults.add(Fault("invisible", seconds=30, detail="wholly"))
+    name = launch(core)
+    assert end(core, name)[0] == 404
+    clock.advance(31)
+    assert end(core, name)[0] == 200
+
+
 TIMELINES: dict[str, tuple[dict[str, Any], dict[float, str]]] = {
     "invisible": ({"seconds": 30}, {1: "404", 30.1: "404", 30.3: "active"}),
     "boot-unhealthy": ({}, {0.9: "booting", 1.1: "unhealthy", 900: "unhealthy"}),

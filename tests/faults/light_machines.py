@@ -118,6 +118,10 @@ class LightMachine:
             return _probed(instance).encode()
         raise NotReachable(f"A light machine has nothing to say to {words[:3]}.")
 
+    def push_agent(self, store: Path, name: str) -> None:
+        """No run works on a light machine."""
+        raise NotReachable("A light machine takes no code.")
+
     def _let_in(self) -> Instance:
         """The instance that is logged in to."""
         settings = ssh_config.settings((self._folder / "ssh_config").read_text(encoding="utf-8"))

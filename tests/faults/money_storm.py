@@ -53,11 +53,16 @@ def _enforced() -> None:
     enforcing.enforce(_quiet)
 
 
-def _launch() -> None:
+def _launch(*, until_rented: bool = False) -> None:
     _enforced()
     wish = Wish(Need(gpu="A100"), Caps(max_hours=HOURS))
     account, _ = renting.plan(wish)
-    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=False)
+    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=until_rented)
+
+
+def _rent() -> None:
+    """`gpu launch --no-wait`."""
+    _launch(until_rented=True)
 
 
 def _wait() -> None:
@@ -108,6 +113,7 @@ def _cron() -> None:
 
 COMMANDS: dict[str, Callable[[], None]] = {
     "launch": _launch,
+    "rent": _rent,
     "wait": _wait,
     "again": _again,
     "status": _status,
@@ -134,9 +140,13 @@ class Ended:
         """Whether it did what it was to do."""
         return self.error is None and not self.was_killed
 
+    @property
+    def how(self) -> str:
+        """In a word: `done`, `killed`, or the kind of its error."""
+        return "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
+
     def __str__(self) -> str:
-        how = "killed" if self.was_killed else type(self.error).__name__ if self.error else "done"
-        return f"{self.command}({how} after {self.effects})"
+        return f"{self.command}({self.how} after {self.effects})"
 
 
 class Laptop:
@@ -150,8 +160,13 @@ class Laptop:
     @contextmanager
     def at(self) -> Iterator[None]:
         """Be at this computer."""
-        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)}):
+        with mock.patch.dict(os.environ, {"GPU_HOME": str(self.home)} | self.world.environment):
             yield
+
+    def remembers(self) -> bool:
+        """Whether it remembers a machine that has not ended."""
+        with self.at():
+            return any(rental.record.state not in ENDED for rental in rentals.known())
 
     def run(self, command: str, dies_at: int | None = None) -> Ended:
         """Type a command, which may be killed at one of its effects."""
@@ -159,6 +174,8 @@ class Laptop:
         world.process = Process(dies_at)
         before = {one.instance_id for one in world.core.still_billing()}
         with self.at():
+            rental = rentals.find(NAME)
+            was_ready = rental is not None and rental.record.state == "ready"
             try:
                 COMMANDS[command]()
             except GpuError as caught:
@@ -168,7 +185,8 @@ class Laptop:
             ended = Ended(command, len(world.process.effects), error, was_killed)
             self.history.append(ended)
             world.process = Process()
-            self._judge(ended, before)
+            if not was_ready:  # else nothing was to be done, and nothing was asked
+                self._judge(ended, before)
         return ended
 
     def _judge(self, ended: Ended, before: set[str]) -> None:
@@ -223,7 +241,7 @@ def by_audit(laptop: Laptop) -> None:
     laptop.until_well("audit")
     with laptop.at():
         remembered = {rental.record.instance_id: rental.record.state for rental in rentals.known()}
-    for one in laptop.world.core.still_billing():
+    for one in laptop.world.unended():
         state = remembered.get(one.instance_id)
         laptop.world.judge(state in ("booting", "ready"), f"after gpu audit --fix an instance costs money: {state}")
     laptop.until_well("terminate")
@@ -266,7 +284,7 @@ def end(laptop: Laptop, way_out: str) -> None:
     world.core.faults.clear()
     world.ssh_trouble = 0.0
     WAYS_OUT[way_out](laptop)
-    left = world.core.still_billing()
+    left = world.unended()
     world.judge(not left, f"LEAKED after {way_out}: {[(one.name, sorted(one.faults)) for one in left]}")
     _settle(laptop)
     for marker, count in world.core.per_name().items():
@@ -328,6 +346,8 @@ _DETAILS: dict[str, tuple[object, ...]] = {
     "odd-status": ("rebalancing",),
     "not-sent": (None, "silent"),
     "goes-unhealthy": (None, 30.0),
+    "doubled": ("both",),
+    "invisible": (None, "wholly"),
 }
 _SECONDS = {"invisible": 25.0, "hang": 400.0, "lost-hang": 400.0, "terminate-slow": 1500.0, "terminate-late": 1500.0}
 
@@ -358,7 +378,7 @@ def random_timings(world: World) -> Timings:
     )
 
 
-_TYPED = ("launch", "launch", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
+_TYPED = ("launch", "rent", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
 
 
 def rage(world: World, seed: int) -> Laptop:
@@ -368,11 +388,10 @@ def rage(world: World, seed: int) -> Laptop:
     for _ in range(chance.choice((0, 1, 1, 2, 3, 4))):
         world.core.faults.add(random_fault(world))
     world.ssh_trouble = chance.choice((0.0, 0.0, 0.2))
-    idle = mock.patch.object(idleness, "too_long", lambda rental: "it is idle" if chance.random() < 0.3 else "")
-    with idle:
+    with mock.patch.object(idleness, "too_long", side_effect=lambda _: chance.choice(("", "", "it is idle"))):
         for number in range(chance.randint(1, 5)):
             dies_at = chance.choice((None, chance.randint(1, 20), chance.randint(1, 80), chance.randint(1, 160)))
-            laptop.run("launch" if number == 0 else chance.choice(_TYPED), dies_at)
+            laptop.run(chance.choice(_TYPED[: 2 if number == 0 else None]), dies_at)
             world.clock.advance(chance.choice((0.0, 5.0, 60.0, 700.0, 4000.0)))
     end(laptop, chance.choice(list(WAYS_OUT)))
     return laptop

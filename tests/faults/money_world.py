@@ -1,11 +1,10 @@
-"""A world for storms around money: a clock of its own, a stand-in cloud without sockets, processes that can be killed."""
+"""A world for storms around money: a clock of its own, a stand-in cloud without sockets, processes that die."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from jobs import durable
 from orchestrator import clock, enrolment, machines, readiness, ssh
 from orchestrator.errors import NotReachable
 from orchestrator.providers import exchange, pace
-from tests.cloud import Clock, LambdaCloud, Timings
+from tests.cloud import Clock, LambdaCloud, Server, Timings
 from tests.cloud.adapter import CloudAdapter
 from tests.cloud.instance import Instance
 from tests.faults.light_machines import Room
@@ -65,6 +64,8 @@ class World:
         self.sent: list[str] = []
         """Markers of paid requests, as often as they were sent."""
         self.end_asked: set[str] = set()
+        self.environment = {"GPU_LAMBDA_URL": URL, "LAMBDA_API_KEY": self.core.key, "GPU_LAMBDA_SSH_PORT": "22"}
+        """What leads to the cloud."""
         self._turns: dict[str, float] = {}
         self.room = Room(self._at, self.clock, self._contact, self.clock.advance, set())
 
@@ -96,6 +97,10 @@ class World:
         """Note a broken promise."""
         if not is_well:
             self.violations.append(what)
+
+    def unended(self) -> list[Instance]:
+        """Instances of ours that cost money, and will for ever."""
+        return [one for one in self.core.still_billing() if one.costs_until is None]
 
     def asked(self, method: str, path: str, body: Any) -> None:
         """Look at a request before it reaches the cloud."""
@@ -146,18 +151,21 @@ def name_of(instance: Instance) -> str:
 class _Wire(CloudAdapter):
     """The way to the stand-in: a process may die before a request, and before it hears of the answer."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, sockets: requests.adapters.HTTPAdapter | None) -> None:
         super().__init__(world.core, world.clock.advance)
         self._world = world
+        self._sockets = sockets
 
     def send(self, request: requests.PreparedRequest, *words: Any, **how: Any) -> requests.Response:
-        """See CloudAdapter."""
+        """See CloudAdapter; over a socket where there is a server."""
         world, method, path = self._world, request.method or "", (request.url or "").partition("/api/v1")[2]
         call = f"{method} {path}"
         world.process.effect(f"before {call}")
         world.asked(method, path, json.loads(request.body) if request.body else None)
         world.clock.advance(_CALL_S)
         try:
+            if self._sockets is not None:
+                return self._sockets.send(request, *words, **how)
             return super().send(request, *words, **how)
         finally:
             world.answered(method, path)
@@ -167,8 +175,10 @@ class _Wire(CloudAdapter):
 class Stage:
     """Puts worlds in the place of the real one, one after the other: patched once, since that takes time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, over_sockets: bool = False) -> None:
         self._folder = folder
+        self._sockets = requests.adapters.HTTPAdapter() if over_sockets else None
+        self._server = contextlib.ExitStack()
         self._count = 0
         self._wire: _Wire | None = None
         self.world = World(folder, 0)
@@ -178,7 +188,11 @@ class Stage:
         shutil.rmtree(self.world.folder, ignore_errors=True)
         self._count += 1
         self.world = World(self._folder / str(self._count), seed, timings)
-        self._wire = _Wire(self.world)
+        self._wire = _Wire(self.world, self._sockets)
+        self._server.close()
+        if self._sockets is not None:
+            server = self._server.enter_context(Server(self.world.core))
+            self.world.environment["GPU_LAMBDA_URL"] = server.url
         random.seed(seed)  # waits are spread by it
         return self.world
 
@@ -188,8 +202,7 @@ class Stage:
         with contextlib.ExitStack() as stack:
             for target, name, stand_in in self._stand_ins():
                 stack.enter_context(mock.patch.object(target, name, stand_in))
-            environment = {"GPU_LAMBDA_URL": URL, "LAMBDA_API_KEY": self.world.core.key, "GPU_LAMBDA_SSH_PORT": "22"}
-            stack.enter_context(mock.patch.dict(os.environ, environment))
+            stack.enter_context(self._server)
             yield self
 
     def _stand_ins(self) -> Iterator[tuple[Any, str, Any]]:

@@ -1,0 +1,170 @@
+"""A run that rents its own machine: rented, used, replaced when it vanishes, given back; nothing goes on costing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import keys, runs
+from tests.cloud import Cloud, Timings
+from tests.journeys.hurried import begun, document, gpu
+from tests.waiting import until
+
+A10 = ("--gpu", "A10", "-y", "--environment", "none", "--out", "out/*.jsonl")
+_COUNT = """
+import os, sys, time
+os.makedirs("out", exist_ok=True)
+with open("out/rows.jsonl", "a") as file:
+    for index in range(int(sys.argv[1])):
+        file.write('{"index": %d}\\n' % index)
+        file.flush()
+        time.sleep(0.05)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def quick(cloud: Cloud) -> Cloud:
+    """A stand-in whose machines boot at once, and a project with a program that makes a row every 50 ms."""
+    cloud.core.timings = Timings(boot_s=0.1, ip_delay_s=0.05, sshd_delay_s=0.05, term_s=0.1)
+    Path("count.py").write_text(_COUNT)
+    return cloud
+
+
+def count(number: int, code: int = 0) -> tuple[str, ...]:
+    return ("--", sys.executable, "count.py", str(number), str(code))
+
+
+def billing(cloud: Cloud) -> list[str]:
+    return [instance.instance_id for instance in cloud.core.still_billing()]
+
+
+def lines_home(run_id: str) -> int:
+    path = runs.find(run_id).home.folder / "out" / "out" / "rows.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def newest() -> runs.Run:
+    return runs.find(None)
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "told.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def listen(folder: Path) -> None:
+    """Have the notify command write down what it is told."""
+    script = folder / "listen.sh"
+    script.write_text(f'#!/bin/sh\ncat >> "{folder}/told.jsonl"\n')
+    script.chmod(0o700)
+    keys.user_config().write_text(json.dumps({"notify": str(script)}))
+
+
+def test_a_run_rents_uses_and_gives_back(quick: Cloud, tmp_path: Path) -> None:
+    """One command from nothing to rows at home and a machine that is gone; what it cost stands in the ledger."""
+    listen(tmp_path)
+    done = gpu("run", *A10, "--budget", "2", "--terminate", *count(10))
+    assert done.returncode == 0, done.stderr
+    run = newest()
+    assert run.record.state == "sealed"
+    assert lines_home(run.run_id) == 10
+    assert billing(quick) == []
+    assert quick.core.account.keys == {}
+    assert f"giving {run.record.machine} back" in done.stderr
+    costs = document("cost")
+    assert costs["runs"][0]["usd"] > 0
+    assert not costs["machines"][0]["open"]
+    assert [entry["event"] for entry in told(tmp_path)] == ["run_done"]
+
+
+def test_a_failed_run_gives_its_machine_back_too(quick: Cloud, tmp_path: Path) -> None:
+    """--terminate holds after a failure, once what there is is home, and after the minutes that were asked for."""
+    listen(tmp_path)
+    done = gpu("run", *A10, "--terminate", "--keep-on-failure", "0.03", *count(5, 3))
+    assert done.returncode == 10, done.stderr
+    assert "is kept until" in done.stderr
+    assert lines_home(newest().run_id) == 5
+    assert billing(quick) == []
+    assert [entry["event"] for entry in told(tmp_path)] == ["run_failed"]
+
+
+def test_a_run_goes_on_elsewhere_when_its_machine_vanishes(quick: Cloud, tmp_path: Path) -> None:
+    """A machine that its provider calls gone is replaced, and the run ends well; both are in the ledger."""
+    listen(tmp_path)
+    quick.fault("vanishes", seconds=8.0)
+    done = gpu("run", *A10, "--terminate", *count(200))
+    assert done.returncode == 0, done.stderr
+    assert "Going on on another machine" in done.stderr
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+    assert lines_home(newest().run_id) >= 200
+    machines = document("cost")["machines"]
+    assert len(machines) == 2
+    assert not any(entry["open"] for entry in machines)
+    assert [entry["event"] for entry in told(tmp_path)] == ["machine_lost", "run_done"]
+
+
+def test_a_run_is_ended_in_time(quick: Cloud, tmp_path: Path) -> None:
+    """At its deadline a run that is followed is stopped cleanly, its rows come home, and its machine is gone."""
+    listen(tmp_path)
+    done = gpu("run", *A10, "--max-hours", "0.004", "--terminate", *count(2000))
+    assert done.returncode == 10, done.stderr
+    assert "past its deadline" in done.stderr
+    assert newest().record.state == "stopped"
+    assert 0 < lines_home(newest().run_id) < 2000
+    assert billing(quick) == []
+    assert [entry["event"] for entry in told(tmp_path)] == ["budget_80", "guard_fired", "run_failed"]
+
+
+def test_ctrl_c_leaves_the_machine_and_says_so(quick: Cloud) -> None:
+    """Interrupted, the run goes on and its machine stays, bounded by its caps; a resume follows it to the end."""
+    command = begun("run", *A10, "--terminate", *count(100))
+    until(lambda: any(run.record.state == "running" for run in runs.remembered()), 60)
+    command.send_signal(2)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 130, said
+    assert len(billing(quick)) == 1
+    done = gpu("resume")
+    assert done.returncode == 0, done.stderr
+    assert lines_home(newest().run_id) == 100
+    assert billing(quick) == []
+
+
+def test_a_mirror_keeps_what_a_vanished_machine_had(quick: Cloud, tmp_path: Path) -> None:
+    """With nobody following, rows that a mirror has come home from there when the machine is gone."""
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    quick.fault("vanishes", seconds=14.0)
+    done = gpu("run", *A10, "--mirror", str(mirror), "--detach", *count(4000))
+    assert done.returncode == 0, done.stderr
+    until(lambda: any(path.stat().st_size for path in mirror.rglob("rows.jsonl")), 30)
+    (instance,) = quick.core.ours()
+    until(lambda: instance.instance_id not in billing(quick), 60)
+    assert gpu("pull").returncode == 0
+    assert newest().record.state == "lost"
+    assert lines_home(newest().run_id) > 0
+
+
+def test_nothing_is_rented_for_a_job_that_cannot_work(quick: Cloud, tmp_path: Path) -> None:
+    """A model without a chat template, or one that fits no GPU, is refused before anything costs."""
+    model = tmp_path / "model"
+    model.mkdir()
+    facts = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64}
+    facts |= {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "torch_dtype": "bfloat16"}
+    (model / "config.json").write_text(json.dumps(facts))
+    (model / "tokenizer_config.json").write_text("{}")
+    done = gpu("run", "eval-gsm8k", "--gpu", "A10", "-y", "--set", f"model={model}", "--set", "dataset=generated")
+    assert done.returncode == 3, done.stderr
+    assert "Nothing was rented" in done.stderr
+    assert quick.core.count("/instance-operations/launch") == 0
+    both = gpu("run", "--on", "local", *A10, *count(1))
+    assert both.returncode == 2
+    unsaid = gpu("run", "--gpu", "A10", "--environment", "none", *count(1))
+    assert unsaid.returncode == 2
+    assert "-y" in unsaid.stderr
+    assert quick.core.count("/instance-operations/launch") == 0
