@@ -22,7 +22,7 @@ _USUAL: dict[str, Any] = {
     "orchestrator.outcome._LOOK_EVERY_S": 0.2,
     "orchestrator.outcome.SETTLED_S": 4.0,
     "orchestrator.launching._LIMITED_S": 0.2,
-    "orchestrator.audit._TWICE_S": 0.2,
+    "orchestrator.outcome._TWICE_S": 0.2,
 }
 _LANES = ("_LAUNCHES", "_TERMINATES")
 Done = subprocess.CompletedProcess[str]

@@ -13,6 +13,7 @@ from tests.cloud import Cloud, Timings
 from tests.orchestrator.providers.loopback import Time
 
 DAY = 86_400.0
+SEEN_S, ENDED_S = 5.0, 60.0
 
 
 @dataclass
@@ -82,11 +83,11 @@ def test_the_key_of_a_live_instance_stays(account: Account) -> None:
     cloud = providers.open("lambda")
     offer: Offer = next(entry for entry in cloud.offers(Need()) if entry.available and entry.count == 1)
     instance_id = cloud.launch(offer, Order(new_marker(_iso(clock.timestamp())), key, ""))
-    account.time.sleep(5)
+    account.time.sleep(SEEN_S)
     assert clean() == []
     cloud.terminate(instance_id)
     assert clean() == [], "it is still there, and terminating"
-    account.time.sleep(60)
+    account.time.sleep(ENDED_S)
     assert clean() == [key]
 
 
