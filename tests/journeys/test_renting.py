@@ -192,6 +192,29 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
     assert "already" not in again.stderr
 
 
+def test_a_budget_is_that_of_the_launch(quick: Cloud) -> None:
+    """What a machine cost that was no good is taken off the budget before the next one is rented."""
+    quick.fault("boot-unhealthy")
+    launched = gpu(*A10, "--budget", "0.07")
+    assert launched.returncode == 2, launched.stderr
+    assert "A budget of 0.06 USD buys 4 minutes" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
+def test_capacity_is_waited_for_where_it_was_asked(quick: Cloud) -> None:
+    """With --wait-capacity a region that has none free is looked at again until it has, and no other is taken."""
+    command = begun(*A10, "--region", "us-south-2", "--wait-capacity", waits={"launching._CAPACITY_EVERY_S": 0.2})
+    until(lambda: quick.core.count("/instance-types") >= 4)
+    assert quick.core.ours() == []
+    quick.core.catalogue.capacity["gpu_1x_a10"].append("us-south-2")
+    words = command.communicate(timeout=60)[1]
+    assert command.returncode == 0, words
+    assert "no capacity yet" in words
+    assert [instance.order["region_name"] for instance in quick.core.ours()] == ["us-south-2"]
+    assert gpu("terminate", "-y").returncode == 0
+
+
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")

@@ -19,6 +19,7 @@ from orchestrator.errors import ConfigError, UsageError
 from orchestrator.ledger import Lease
 from orchestrator.providers.base import Need, Offer
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
+from tests.cloud import Cloud
 
 OFFER = Offer("lambda", "x@r", "x", "A10 PCIe", 1, 24.0, 1, 1.0, 1.0, "r", price_usd_per_hour=0.6)
 TERMS = Terms(Need(gpu="A10"), Caps(2.0, 30.0, 5.0), "reaper", "/opt/python")
@@ -209,6 +210,21 @@ def test_a_machine_costs_what_it_cost_alone() -> None:
     rental.save(caps=vars(Caps(None, None, 1.0)))
     assert rental.caps_left().budget_usd == 0
     assert rental.caps_left().hours(0.6) == 0
+
+
+def test_a_look_undoes_nothing(light_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another command did to a record while its provider was asked where it stands is not written over."""
+    rental, answer = made(state="booting", instance_id="a1", raw_state="booting"), light_cloud.core.handle
+
+    def handle(*words: Any) -> Any:
+        again().save(state="gone", gone_at=5.0)
+        return answer(*words)
+
+    monkeypatch.setattr(light_cloud.core, "handle", handle)
+    inventory.refresh("box")
+    assert light_cloud.core.count("/instances/a1") == 1
+    assert (again().record.state, again().record.gone_at, again().record.raw_state) == ("gone", 5.0, "booting")
+    assert rental.record.state == "booting"
 
 
 def test_which_machine_is_meant() -> None:
