@@ -52,9 +52,9 @@ jobs:
 def chosen() -> str:
     """The guard the user chose; `laptop` while none was. Raises ConfigError for a word that means none."""
     how = money.settings().get("guard", "laptop")
-    if how not in HOW:
+    if not isinstance(how, str) or how not in HOW:
         raise ConfigError(f"`guard` in {keys.user_config()} is {how!r}.", f"It may be: {', '.join(HOW)}.")
-    return str(how)
+    return how
 
 
 def choose(how: str) -> None:

@@ -58,7 +58,7 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
     price = offer.price_usd_per_hour
     if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
         raise UsageError(
-            f"A budget of {caps.budget_usd:.2f} USD buys {caps.budget_usd / price * 60:.0f} minutes of "
+            f"A budget of {caps.budget_usd:.2f} USD buys {int(caps.budget_usd / price * 60)} minutes of "
             f"{offer.type_name} at {price:.2f} USD/h, and it usually takes {boot_minutes:.0f} to boot. "
             "Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",

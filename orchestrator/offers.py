@@ -91,8 +91,9 @@ def _check_names(found: Sequence[Offer], need: Need) -> None:
     for what, asked, names, is_known in checks:
         if asked is None or (is_known if is_known is not None else asked in names):
             continue
-        close = difflib.get_close_matches(asked.lower(), [name.lower() for name in names], 1, 0.3)
-        near = next((name for name in names if close and name.lower() == close[0]), None)
+        forms = {form.lower(): name for name in names for form in (name.split()[0], name)}  # `A10` of `A10 PCIe`
+        close = difflib.get_close_matches(asked.lower(), forms, 1, 0.3)
+        near = forms[close[0]] if close else None
         meant = f" Did you mean {near}?" if near else ""
         if what == "region":  # only regions where something is free are listed
             raise NoCapacity(f"Nothing is offered in the {what} {asked!r} just now.{meant} Nothing was rented.")

@@ -168,9 +168,9 @@ class Rental:
 
     def leases(self) -> list[ledger.Lease]:
         """What of the ledger this machine has cost; an earlier one of the same name is another."""
-        made_at, name = clock.parse(self.record.made_at).timestamp(), self.record.name
-        mine = [lease for lease in ledger.leases() if lease.machine == name]
-        return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == self.record.marker]
+        made_at, newest = clock.parse(self.record.made_at).timestamp(), self.record.lease or self.record.marker
+        mine = [lease for lease in ledger.leases() if lease.machine == self.name]
+        return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == newest]
 
     def caps_left(self) -> Caps:
         """Its limits, less what machines have cost that were given back because they were no good."""

@@ -160,10 +160,10 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
         ("vanishes", {}, "does not list it"),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
-        ("smi-wrong-count", {"detail": 2}, "2 GPUs"),
-        ("smi-missing", {}, "shows no GPU"),
+        pytest.param("smi-wrong-count", {"detail": 2}, "2 GPUs", marks=pytest.mark.slow),
+        pytest.param("smi-missing", {}, "shows no GPU", marks=pytest.mark.slow),
         ("cuda-error", {}, "driver error 802"),
-        ("publickey-denied", {}, "does not let us in"),
+        pytest.param("publickey-denied", {}, "does not let us in", marks=pytest.mark.slow),
     ],
 )
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
@@ -190,6 +190,29 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
     again = gpu(*A10)
     assert again.returncode == 4
     assert "already" not in again.stderr
+
+
+def test_a_budget_is_that_of_the_launch(quick: Cloud) -> None:
+    """What a machine cost that was no good is taken off the budget before the next one is rented."""
+    quick.fault("boot-unhealthy")
+    launched = gpu(*A10, "--budget", "0.07")
+    assert launched.returncode == 2, launched.stderr
+    assert "A budget of 0.06 USD buys 4 minutes" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
+def test_capacity_is_waited_for_where_it_was_asked(quick: Cloud) -> None:
+    """With --wait-capacity a region that has none free is looked at again until it has, and no other is taken."""
+    command = begun(*A10, "--region", "us-south-2", "--wait-capacity", waits={"launching._CAPACITY_EVERY_S": 0.2})
+    until(lambda: quick.core.count("/instance-types") >= 4)
+    assert quick.core.ours() == []
+    quick.core.catalogue.capacity["gpu_1x_a10"].append("us-south-2")
+    words = command.communicate(timeout=60)[1]
+    assert command.returncode == 0, words
+    assert "no capacity yet" in words
+    assert [instance.order["region_name"] for instance in quick.core.ours()] == ["us-south-2"]
+    assert gpu("terminate", "-y").returncode == 0
 
 
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:

@@ -21,7 +21,7 @@ A10 = ("launch", "--gpu", "A10", "-y")
 USAGE, COSTS, INTERRUPTED = 2, 20, 130
 LAUNCHES = "/instance-operations/launch"
 DASHBOARD = "https://cloud.lambda.ai/instances"
-SHORT = {"outcome.SETTLED_S": 1.0, "audit._NOTHING_AFTER_S": 1.0}
+SHORT = {"outcome.SETTLED_S": 1.0, "outcome._NOTHING_AFTER_S": 1.0}
 
 
 @pytest.fixture(autouse=True)
