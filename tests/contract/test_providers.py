@@ -58,11 +58,7 @@ class Rented:
     def rent(self) -> str:
         """The id of a machine that is rented now, and has appeared."""
         instance_id = self.account.launch(self.offer(), self.order())
-<<<<<<< HEAD
-        self.time.advance(5)
-=======
         self.time.sleep(SEEN_S)
->>>>>>> unit
         return instance_id
 
     def paid_calls(self) -> int:
@@ -143,11 +139,7 @@ def test_a_machine_from_launch_to_gone(rented: Rented) -> None:
     """It bears its marker, its key and its tags; it is asked to end, twice if need be, until nobody knows of it."""
     offer, order = rented.offer(), rented.order()
     instance_id = rented.account.launch(offer, order)
-<<<<<<< HEAD
-    rented.time.advance(5)
-=======
     rented.time.sleep(SEEN_S)
->>>>>>> unit
     found = rented.account.get(instance_id)
     assert found is not None
     assert [found] == rented.account.instances()
@@ -162,11 +154,7 @@ def test_a_machine_from_launch_to_gone(rented: Rented) -> None:
     rented.account.terminate(instance_id)
     ending = rented.account.get(instance_id)
     assert ending is None or ending.state in ("stopping", "gone")
-<<<<<<< HEAD
-    rented.time.advance(60)
-=======
     rented.time.sleep(ENDED_S)
->>>>>>> unit
     assert rented.account.get(instance_id) is None
     assert rented.account.instances() == []
     rented.account.terminate(instance_id)
@@ -184,11 +172,7 @@ def test_a_launch_without_an_answer_is_never_asked_again(rented: Rented, fault: 
     assert rented.paid_calls() == 1
     assert order.marker in caught.value.message
     assert caught.value.exit_code == 20
-<<<<<<< HEAD
-    rented.time.advance(5)
-=======
     rented.time.sleep(SEEN_S)
->>>>>>> unit
     made = [order.marker] if fault in LOST else []
     assert [instance.marker for instance in rented.account.instances()] == made
 
@@ -304,11 +288,7 @@ def test_answers_may_change_in_form(rented: Rented, fault: str) -> None:
     assert (found.instance_id, found.price_usd_per_hour) == (instance_id, rented.offer().price_usd_per_hour)
     assert found.state in typing.get_args(State)
     rented.account.terminate(instance_id)
-<<<<<<< HEAD
-    rented.time.advance(60)
-=======
     rented.time.sleep(ENDED_S)
->>>>>>> unit
     assert rented.cloud.core.still_billing() == []
 
 
@@ -331,11 +311,7 @@ def test_asking_for_the_end_is_not_the_end(rented: Rented, fault: str) -> None:
     found = rented.account.get(instance_id)
     assert (found is not None and found.state == "ready") == (fault != "nothing-terminated")
     rented.account.terminate(instance_id)
-<<<<<<< HEAD
-    rented.time.advance(60)
-=======
     rented.time.sleep(ENDED_S)
->>>>>>> unit
     assert rented.account.get(instance_id) is None
     assert rented.cloud.core.still_billing() == []
 
