@@ -9,121 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from orchestrator import (
-    audit,
-    enforcing,
-    idleness,
-    inventory,
-    ledger,
-    machines,
-    providers,
-    rentals,
-    renting,
-    returning,
-)
+from orchestrator import idleness, inventory, ledger, machines, rentals
 from orchestrator.errors import AuthRejected, GpuError, MayCost, ProviderError
-from orchestrator.providers.base import Need
-from orchestrator.rentals import ENDED, Caps
-from orchestrator.renting import Wish
+from orchestrator.rentals import ENDED
 from tests.cloud import Fault, Timings
 from tests.cloud.faults import KINDS
 from tests.faults.light_machines import is_as_paid
+from tests.faults.money_commands import COMMANDS, HOURS, NAME
 from tests.faults.money_world import Killed, Process, World, name_of
 
 SEED_VARIABLE = "GPU_STORM_SEED"
 """Set it to the seed that a failed storm names, and the same storm is made again."""
-NAME = "box"
-HOURS = 2.0
 _SETTLED_S = 200.0
 """After so long everything that was made is listed."""
 _FORGOTTEN_S = 700.0
 _AGAIN_S = 400.0
 _AGAIN_MAX = 8
 _LOST = ("vanishes", "preempted", "goes-unhealthy")
-
-
-def _quiet(_: str) -> None:
-    """Say nothing."""
-
-
-# --- what a user types ---------------------------------------------------------------------------------------------
-
-
-def _enforced() -> None:
-    enforcing.enforce(_quiet)
-
-
-def _launch(*, until_rented: bool = False) -> None:
-    _enforced()
-    wish = Wish(Need(gpu="A100"), Caps(max_hours=HOURS))
-    account, _ = renting.plan(wish)
-    renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=until_rented)
-
-
-def _rent() -> None:
-    """`gpu launch --no-wait`."""
-    _launch(until_rented=True)
-
-
-def _wait() -> None:
-    _enforced()
-    rental = rentals.choose(None)
-    if rental.record.state in ENDED:
-        raise renting.gone(rental)
-    renting.go_on(rental, _quiet, wait_capacity=False, until_rented=False)
-
-
-def _again() -> None:
-    """What a user does after a launch that died: go on with it, or type it again where nothing is left of it."""
-    (_wait if any(rental.record.state not in ENDED for rental in rentals.known()) else _launch)()
-
-
-def _terminate() -> None:
-    errors = []
-    for rental in rentals.known():
-        if rental.record.state not in ENDED:
-            try:
-                with rental.locked():
-                    returning.give_back(rental, providers.open(rental.record.provider), _quiet)
-            except GpuError as error:
-                errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.exit_code)
-
-
-def _audit(*, past_cap_only: bool = False) -> None:
-    account = providers.open("lambda")
-    found = audit.look(account, past_cap_only=past_cap_only)
-    errors = audit.fix(account, found, _quiet) if found else []
-    if found and audit.look(account, past_cap_only=past_cap_only):
-        errors.append(MayCost("something was found, and is still there"))
-    if errors:
-        raise max(errors, key=lambda error: error.exit_code)
-
-
-def _status() -> None:
-    inventory.refresh(None)
-    inventory.documents(None)
-
-
-def _cron() -> None:
-    if errors := enforcing.step(_quiet):
-        raise errors[0]
-
-
-COMMANDS: dict[str, Callable[[], None]] = {
-    "launch": _launch,
-    "rent": _rent,
-    "wait": _wait,
-    "again": _again,
-    "status": _status,
-    "cron": _cron,
-    "terminate": _terminate,
-    "audit": _audit,
-    "reap": lambda: _audit(past_cap_only=True),
-}
-JOURNEY = ("launch", "status", "terminate")
-"""Every effect of these is a place to die."""
 
 
 @dataclass(frozen=True)
@@ -269,12 +171,19 @@ def by_reaper_elsewhere(laptop: Laptop) -> None:
         world.clock.advance(_AGAIN_S)
 
 
+def by_cron(laptop: Laptop) -> None:
+    """After the deadline, `gpu advance --all` on the same computer."""
+    laptop.world.clock.advance(HOURS * 3600 + _SETTLED_S)
+    laptop.until_well("cron")
+
+
 WAYS_OUT: dict[str, Callable[[Laptop], None]] = {
     "repeat": by_repeating,
     "audit": by_audit,
     "audit elsewhere": by_audit_elsewhere,
     "reaper": by_reaper,
     "reaper elsewhere": by_reaper_elsewhere,
+    "cron": by_cron,
 }
 
 

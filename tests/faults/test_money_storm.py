@@ -16,8 +16,9 @@ import pytest
 from orchestrator import rentals
 from tests.cloud import Fault
 from tests.faults import money_storm
+from tests.faults.money_commands import HOURS, JOURNEY, NAME
 from tests.faults.money_faults import AT_END, AT_LAUNCH
-from tests.faults.money_storm import JOURNEY, NAME, SEED_VARIABLE, WAYS_OUT, Laptop
+from tests.faults.money_storm import SEED_VARIABLE, WAYS_OUT, Laptop
 from tests.faults.money_world import Stage, World
 
 ALL = {**AT_LAUNCH, **AT_END}
@@ -237,6 +238,28 @@ def test_one_list_without_it_proves_nothing(stage: Stage) -> None:
     world.core.faults.add(Fault("bare-instances", "GET /instances$"))
     assert laptop.run("wait").is_well
     assert len(world.core.ours()) == len(world.sent) == 1
+    money_storm.end(laptop, "repeat")
+
+
+def test_cron_carries_on_an_end_that_died(stage: Stage) -> None:
+    """`gpu advance --all` gives back what a killed `gpu terminate` had begun to, long before any deadline."""
+    _, laptop = begun(stage, "nothing")
+    laptop.run("launch")
+    assert laptop.run("terminate", 2).was_killed
+    assert laptop.run("cron").is_well
+    assert not laptop.world.core.still_billing()
+    money_storm.end(laptop, "repeat")
+
+
+@pytest.mark.parametrize("command", ["launch", "wait", "cron", "reap"])
+def test_whatever_is_typed_after_the_deadline_ends_the_machine(stage: Stage, command: str) -> None:
+    """Each command that rents or guards enforces the caps first."""
+    _, laptop = begun(stage, "nothing")
+    laptop.run("launch")
+    first = laptop.world.core.ours()[0]
+    laptop.world.clock.advance(HOURS * 3600)
+    laptop.run(command)
+    assert first not in laptop.world.core.still_billing()
     money_storm.end(laptop, "repeat")
 
 
