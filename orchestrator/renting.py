@@ -14,7 +14,6 @@ from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
 _SLUG = re.compile(r"[^a-z0-9]+")
 Say = Callable[[str], None]
-Confirm = Callable[[str], bool]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -78,7 +79,8 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
     for _ in range(_MACHINES_MAX):
         if run.record.state == "planned" and not run.record.legs:  # a new run: its machine's record comes after its own
             begin(run, run.record.machine)
-        renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
+        if run.record.state not in ENDED_RUNS:
+            renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
         try:
             go()
         except MachineGone as error:
@@ -123,7 +125,9 @@ class Meter:
         if now >= deadline:
             raise DeadlineOver(f"{rental.name} is past its deadline of {guarding.moment(deadline)}.")
         if not record.is_told and now - asked_at > _MOST * (deadline - asked_at):
-            rental.save(is_told=True)
+            record.is_told = True
+            with contextlib.suppress(GpuError), rental.locked():  # the record is read anew inside
+                rental.save(is_told=True)
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
@@ -186,7 +190,8 @@ def after(run: Run, say: Say) -> None:
 def _keep(rental: Rental, minutes: float, say: Say) -> None:
     """Wait before a machine is given back, so that somebody can look; the deadline holds if this process dies."""
     until = clock.timestamp() + minutes * 60
-    rental.save(deadline=min(until, rental.record.deadline or until))
+    with rental.locked():
+        rental.save(deadline=min(until, rental.record.deadline or until))
     say(f"{rental.name} is kept until {guarding.moment(rental.record.deadline)}: gpu ssh {rental.name}")
     while (left := (rental.record.deadline or until) - clock.timestamp()) > 0:
         clock.sleep(min(left, 5.0))
