@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import guarding, launching, ledger, money, offers, providers, rentals
-from orchestrator.errors import ConfigError, GpuError, NoCapacity, ProviderError
+from orchestrator import guarding, launching, ledger, machines, money, offers, providers, rentals
+from orchestrator.errors import ConfigError, GpuError, NoCapacity, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
@@ -116,6 +116,13 @@ def default_name(asked: Wish, offer: Offer) -> str:
     """What a machine is called when nobody says: after its GPU, so that the same launch twice is noticed."""
     words = asked.need.gpu or offer.gpu or offer.type_name
     return _SLUG.sub("-", words.lower()).strip("-")[:40] or "machine"
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError unless a machine of that name can be rented now."""
+    machines.check_name(name)
+    if rentals.find(name) is not None or (machines.folder(name) / "machine.json").is_file():
+        raise UsageError(f"There is a machine {name} already. Nothing was rented.", "Type the same command again.")
 
 
 def rent(name: str, asked: Wish, account: Provider) -> Rental:

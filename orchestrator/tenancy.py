@@ -45,10 +45,29 @@ def _wish(run: Run) -> Wish | None:
     return Wish(Need(**kept["need"]), Caps(**kept["caps"]), kept["provider"], kept["python"], kept["wait_capacity"])
 
 
-def begin(name: str, wish: Wish) -> None:
-    """Make the record of the machine a run will have; nothing is asked of anybody yet but what is offered."""
-    account, _ = renting.plan(wish)
-    renting.rent(name, wish, account)
+def begin(run: Run, name: str) -> bool:
+    """Make the record of a machine the run will have, unless its budget is spent; whether there is one now.
+
+    Nobody is asked but for what is offered.
+    """
+    wish = _left(run)
+    if wish is None:
+        return False
+    if rentals.find(name) is None:
+        account, _ = renting.plan(wish)
+        renting.rent(name, wish, account)
+    return True
+
+
+def _left(run: Run) -> Wish | None:
+    """What may still be rented for the run: its wish with what is left of its budget; None when that is nothing."""
+    wish = _wish(run)
+    if wish is None or wish.caps.budget_usd is None:
+        return wish
+    base = name_for(run.run_id)
+    names = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
+    left = wish.caps.budget_usd - sum(lease.usd() for lease in names)
+    return replace(wish, caps=replace(wish.caps, budget_usd=left)) if left > 0 else None
 
 
 def carry(run: Run, go: Callable[[], None], say: Say) -> None:
@@ -57,6 +76,8 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
     **May spend money**, within the caps the run was started with. Raises GpuError.
     """
     for _ in range(_MACHINES_MAX):
+        if run.record.state == "planned" and not run.record.legs:  # a new run: its machine's record comes after its own
+            begin(run, run.record.machine)
         renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
         try:
             go()
@@ -70,7 +91,8 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
             if not _give_up(run, error, say):
                 raise
         run.reload()
-        if run.record.state != "lost" or not rentals.is_gone(run.record.machine) or not elsewhere(run, say):
+        is_lost = run.record.state == "lost" and rentals.is_gone(run.record.machine)
+        if not is_lost or not run.record.rents or not elsewhere(run, say):
             return
 
 
@@ -118,21 +140,12 @@ def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
 
 
 def elsewhere(run: Run, say: Say) -> bool:
-    """Make the record of another machine for a run whose own is gone, within its caps; whether it did."""
-    wish = _wish(run)
-    if wish is None:
+    """Have a run whose own machine is gone go on on another one, within its caps; whether it may."""
+    name = next_name(run)
+    if not begin(run, name):
+        say(f"{run.record.machine} is gone, and nothing more is rented for {run.run_id}: its budget is spent.")
         return False
-    base, name = name_for(run.run_id), next_name(run)
-    spent = sum(
-        lease.usd() for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")
-    )
-    if wish.caps.budget_usd is not None:
-        if spent >= wish.caps.budget_usd:
-            say(f"{run.run_id}: its budget of {wish.caps.budget_usd:.2f} USD is spent; nothing more is rented for it.")
-            return False
-        wish = replace(wish, caps=replace(wish.caps, budget_usd=wish.caps.budget_usd - spent))
     say(f"{run.record.machine} is gone; {run.record.rows_home} rows are home. Going on on another machine.")
-    begin(name, wish)
     journey.move(run, journey.Wish(machine=name, take_over=True))
     return True
 

@@ -109,10 +109,7 @@ def _is_rented(how: dict[str, Any]) -> bool:
 
 
 def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]) -> planning.Asked:
-    """What was asked, on a machine that is to be rented for it: looked at, agreed to, its record made; asks nobody yet.
-
-    In a dry run, only looked at.
-    """
+    """What was asked, on a machine that is to be rented for it: looked at, and agreed to; nothing is rented yet."""
     from orchestrator import preflight, renting, tenancy
 
     say = output.progress(how["quiet"])
@@ -120,7 +117,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     _say_findings(looked, say, how)
     wish = renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
-    account, offer = renting.plan(wish)
+    _, offer = renting.plan(wish)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
     for line in renting.in_words(wish, offer):
         say(line)
@@ -128,7 +125,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
         return asked
     agree("Rent it?", how["yes"])
     name = tenancy.name_for(document["run_id"])
-    renting.rent(name, wish, account)
+    renting.check_name(name)
     return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
 
 
@@ -206,6 +203,7 @@ def _rented_again(found: Run, how: dict[str, Any]) -> str:
     document = {**found.job(), "run_id": f"again-{tenancy.next_name(found)}"}
     rented = _rented(asked, document, {**how, "dry_run": False})
     found.save(rents=rented.rents)
+    tenancy.begin(found, rented.machine)
     return rented.machine
 
 

@@ -42,6 +42,10 @@ AT_LAUNCH: dict[str, Faults] = {
     ],
     "two made of one request": lambda: [Fault("doubled", detail="both")],
     "two made of one request, answer lost": lambda: [Fault("doubled"), Fault("lost-502")],
+    "two made of one request, the end of one ignored": lambda: [
+        Fault("doubled", detail="both"),
+        Fault("terminate-ignored", times=2),
+    ],
     # a launch that was not done
     "launch not made, 502": lambda: [Fault("failed", "launch")],
     "launch not made, 500": lambda: [Fault("error", "launch")],

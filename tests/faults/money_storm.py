@@ -310,6 +310,8 @@ def _judge_ledger(world: World, home: Path) -> None:
     """A closed lease covers what was billed; on the first computer every lease is closed in the end."""
     with mock.patch.dict(os.environ, {"GPU_HOME": str(home)}):
         leases = {lease.instance_id: lease for lease in ledger.leases()}
+        remembered = {rental.record.instance_id for rental in rentals.known()} - {None}
+    world.judge(remembered <= set(leases), f"{home.name} remembers instances that its ledger does not know")
     for bill in world.core.bills():
         lease = leases.get(bill.instance_id)
         if lease is None or (lease.closed_at is None and home.name != "laptop"):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ OUTCOMES = {
     "limited without an end": ("RateLimited", 0),
     "two made of one request": ("done", 2),
     "two made of one request, answer lost": ("done", 2),
+    "two made of one request, the end of one ignored": ("done", 2),
     "launch not sent": ("ProviderDown", 0),
     "launch not sent, silence": ("ProviderDown", 0),
     "no capacity anywhere": ("NoCapacity", 0),
@@ -128,7 +130,7 @@ def test_dying_somewhere_leaks_nothing(stage: Stage, way_out: str) -> None:
 @pytest.mark.parametrize("way_out", WAYS_OUT)
 def test_dying_anywhere_leaks_nothing(stage: Stage, way_out: str) -> None:
     """Killed at every third effect of a journey without faults, each way out leaves nothing that costs money."""
-    for dies_at in range(1 + len(way_out) % 3, effects(stage, "nothing") + 1, 3):
+    for dies_at in range(1 + list(WAYS_OUT).index(way_out) % 3, effects(stage, "nothing") + 1, 3):
         die(stage, "nothing", dies_at, way_out)
 
 
@@ -204,11 +206,23 @@ def test_a_second_instance_of_an_answered_request_is_found_by_an_audit(stage: St
     money_storm.end(laptop, "audit")
 
 
+def killed_when(stage: Stage, state: str, sent: int, *faults: Fault) -> tuple[World, Laptop]:
+    """A laptop whose launch was killed at the first effect that left a record in that state, so much being sent."""
+    for dies_at in range(1, 200):
+        world, laptop = begun(stage, "nothing")
+        for fault in faults:
+            world.core.faults.add(replace(fault))
+        laptop.run("launch", dies_at)
+        with laptop.at():
+            rental = rentals.find(NAME)
+        if rental is not None and (rental.record.state, len(world.sent)) == (state, sent):
+            return world, laptop
+    raise AssertionError(f"no launch dies in {state} after {sent} requests")
+
+
 def test_a_request_killed_before_it_was_sent_is_made_anew_in_the_end(stage: Stage) -> None:
     """What was never sent is looked for, said to be unknown, and ten minutes later taken for nothing: once, ready."""
-    dies_at = next(n for n in range(1, 60) if _is_killed_before_launch(stage, n))
-    world, laptop = begun(stage, "nothing")
-    laptop.run("launch", dies_at)
+    world, laptop = killed_when(stage, "launching", 0)
     assert laptop.run("wait").how == "LaunchUnknown"
     world.clock.advance(_USE_S)
     assert laptop.run("wait").is_well
@@ -216,12 +230,25 @@ def test_a_request_killed_before_it_was_sent_is_made_anew_in_the_end(stage: Stag
     money_storm.end(laptop, "repeat")
 
 
-def _is_killed_before_launch(stage: Stage, dies_at: int) -> bool:
-    world, laptop = begun(stage, "nothing")
-    laptop.run("launch", dies_at)
-    with laptop.at():
-        rental = rentals.find(NAME)
-    return rental is not None and rental.record.state == "launching" and not world.sent
+def test_one_list_without_it_proves_nothing(stage: Stage) -> None:
+    """Long after a launch was killed, a list in which nothing bears a name is looked at again: it is taken over."""
+    world, laptop = killed_when(stage, "launching", 1)
+    world.clock.advance(2 * _USE_S)
+    world.core.faults.add(Fault("bare-instances", "GET /instances$"))
+    assert laptop.run("wait").is_well
+    assert len(world.core.ours()) == len(world.sent) == 1
+    money_storm.end(laptop, "repeat")
+
+
+def test_what_a_limit_made_and_hid_for_long_is_found_by_an_audit(stage: Stage) -> None:
+    """A record that is planned again after a limit does not hide the instance that was made in spite of it."""
+    hidden = Fault("lost-502", detail=429), Fault("invisible", seconds=100.0)
+    world, laptop = killed_when(stage, "planned", 1, *hidden)
+    world.clock.advance(_USE_S)
+    assert len(world.core.still_billing()) == 1
+    assert laptop.run("audit").is_well
+    assert not world.core.still_billing()
+    money_storm.end(laptop, "audit")
 
 
 @pytest.mark.parametrize("way_out", WAYS_OUT)
