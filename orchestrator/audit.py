@@ -88,7 +88,7 @@ def look(provider: Provider, *, past_cap_only: bool = False) -> Findings:
     for rental in mine:
         if guarding.is_past(rental):
             found.past_cap.append(rental)
-        elif rental.record.state in ("launching", "stopping") and not _is_at_work(rental):
+        elif _is_left(rental) and not _is_at_work(rental):
             found.unresolved.append(rental)
     now = clock.timestamp()
     for entry in listed:
@@ -102,6 +102,12 @@ def look(provider: Provider, *, past_cap_only: bool = False) -> Findings:
 def _is_of(entry: Instance, rental: Rental) -> bool:
     """Whether a record's machine is this instance, or may turn out to be."""
     return entry.marker == rental.record.marker and rental.record.instance_id in (None, entry.instance_id)
+
+
+def _is_left(rental: Rental) -> bool:
+    """Whether something was begun and not ended: a request, the way up to ready (unless nobody was to wait), an end."""
+    record = rental.record
+    return record.state in ("launching", "stopping") or (record.state == "booting" and not record.unattended)
 
 
 def _is_at_work(rental: Rental) -> bool:

@@ -86,6 +86,8 @@ class Record:
     """Offers that came to nothing: `offer`, and `why`."""
     python: str | None = None
     """The interpreter asked for with --python."""
+    unattended: bool = False
+    """Whether its launch was told not to wait: that it boots, and nobody looks, is meant."""
     is_told: bool = False
     """Whether it was said that most of its budget is spent."""
     failure: str = ""

@@ -139,6 +139,7 @@ def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) 
     """
     account = providers.open(rental.record.provider)
     with rental.locked():
+        rental.save(unattended=until_rented)
         while rental.record.state in ("planned", "launching") or (
             not until_rented and rental.record.state not in ("ready", *ENDED)
         ):

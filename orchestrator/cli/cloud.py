@@ -155,7 +155,8 @@ def _give_back(rental: Rental, say: Any, *, discard: bool) -> errors.GpuError | 
             returning.give_back(rental, providers.open(rental.record.provider), say, discard=discard)
     except errors.GpuError as error:
         click.echo(f"{error.message}\n{error.hint}", err=True)
-        return error
+        rental.reload()
+        return errors.NotReturned(error.message, error.hint) if rental.may_cost else error
     return None
 
 

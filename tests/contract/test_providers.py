@@ -29,8 +29,6 @@ CLOUDS = {"lambda": ("light_cloud", "LAMBDA_API_KEY", "GPU_LAMBDA_URL")}
 """Each cloud with the fixture that plays it, and where its key and its address are given."""
 PAID = "launch"
 """Found in the paid call of every cloud, as its stand-in names it."""
-SEEN_S, ENDED_S = 5.0, 60.0
-"""After so long on the clock of the test what was made is listed, and what is ending has ended."""
 LOST = ["lost-502", "lost-closed", "lost-half", "lost-empty", "null-data"]
 BROKEN = ["failed", "error", "closed", "empty", "proxy-page", "redirect"]
 
@@ -58,7 +56,7 @@ class Rented:
     def rent(self) -> str:
         """The id of a machine that is rented now, and has appeared."""
         instance_id = self.account.launch(self.offer(), self.order())
-        self.time.sleep(SEEN_S)
+        self.time.advance(5)
         return instance_id
 
     def paid_calls(self) -> int:
@@ -139,7 +137,7 @@ def test_a_machine_from_launch_to_gone(rented: Rented) -> None:
     """It bears its marker, its key and its tags; it is asked to end, twice if need be, until nobody knows of it."""
     offer, order = rented.offer(), rented.order()
     instance_id = rented.account.launch(offer, order)
-    rented.time.sleep(SEEN_S)
+    rented.time.advance(5)
     found = rented.account.get(instance_id)
     assert found is not None
     assert [found] == rented.account.instances()
@@ -154,7 +152,7 @@ def test_a_machine_from_launch_to_gone(rented: Rented) -> None:
     rented.account.terminate(instance_id)
     ending = rented.account.get(instance_id)
     assert ending is None or ending.state in ("stopping", "gone")
-    rented.time.sleep(ENDED_S)
+    rented.time.advance(60)
     assert rented.account.get(instance_id) is None
     assert rented.account.instances() == []
     rented.account.terminate(instance_id)
@@ -172,7 +170,7 @@ def test_a_launch_without_an_answer_is_never_asked_again(rented: Rented, fault: 
     assert rented.paid_calls() == 1
     assert order.marker in caught.value.message
     assert caught.value.exit_code == 20
-    rented.time.sleep(SEEN_S)
+    rented.time.advance(5)
     made = [order.marker] if fault in LOST else []
     assert [instance.marker for instance in rented.account.instances()] == made
 
@@ -288,7 +286,7 @@ def test_answers_may_change_in_form(rented: Rented, fault: str) -> None:
     assert (found.instance_id, found.price_usd_per_hour) == (instance_id, rented.offer().price_usd_per_hour)
     assert found.state in typing.get_args(State)
     rented.account.terminate(instance_id)
-    rented.time.sleep(ENDED_S)
+    rented.time.advance(60)
     assert rented.cloud.core.still_billing() == []
 
 
@@ -311,7 +309,7 @@ def test_asking_for_the_end_is_not_the_end(rented: Rented, fault: str) -> None:
     found = rented.account.get(instance_id)
     assert (found is not None and found.state == "ready") == (fault != "nothing-terminated")
     rented.account.terminate(instance_id)
-    rented.time.sleep(ENDED_S)
+    rented.time.advance(60)
     assert rented.account.get(instance_id) is None
     assert rented.cloud.core.still_billing() == []
 
