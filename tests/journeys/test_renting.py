@@ -128,7 +128,7 @@ def test_rows_come_home_before_a_machine_goes(quick: Cloud, counting_run: Callab
     run = counting_run(on="a10", count=400, pace_s=0.02)
     assert gpu("resume", run.run_id, "--detach").returncode == 0
     refused = gpu("terminate", "a10", "-y")
-    assert refused.returncode == 2
+    assert refused.returncode == 20, "it goes on costing"
     assert run.run_id in refused.stderr
     assert "--discard" in refused.stderr
     assert len(billing(quick)) == 1

@@ -263,7 +263,7 @@ def test_only_one_command_is_at_a_machine(quick: Cloud) -> None:
     command = begun(*A10)
     until(lambda: state() == "booting")
     busy = gpu("terminate", "a10", "-y", waits={"rentals._LOCK_WAIT_S": 0.2})
-    assert busy.returncode == 3
+    assert busy.returncode == 20, "it goes on costing"
     assert "Another command" in busy.stderr
     assert json.loads(gpu("audit", "--json").stdout)["unresolved"] == []
     command.kill()

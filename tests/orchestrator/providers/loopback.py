@@ -128,6 +128,10 @@ class Time:
         self.since = 0.0
         self.slept: list[float] = []
 
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.sleep(seconds)
+
     def sleep(self, seconds: float) -> None:
         """Let so much time pass at once."""
         self.slept.append(seconds)
