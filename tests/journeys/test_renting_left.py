@@ -94,7 +94,7 @@ def test_ctrl_c_in_the_middle_of_the_paid_request(quick: Cloud) -> None:
 def test_a_launch_that_is_killed_leaves_nothing_that_is_not_found(
     quick: Cloud, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at its n-th request, whichever: audit finds a request without an answer, ends it, and a machine is one."""
+    """Killed at its n-th request, whichever: audit finds what was begun and not ended, and ends it."""
     commands: list[subprocess.Popen[str]] = []
     answer = quick.core.handle
 
@@ -112,13 +112,12 @@ def test_a_launch_that_is_killed_leaves_nothing_that_is_not_found(
     looked = gpu("audit", "--json")
     found = json.loads(looked.stdout)
     assert looked.returncode == (COSTS if found["unresolved"] else 0)
-    assert bool(found["unresolved"]) == (left == "launching")
+    assert bool(found["unresolved"]) == (left in ("launching", "booting"))
     assert not found["orphans"]
     assert not found["past_cap"]
     fixed = gpu("audit", "--fix", "-y", waits=SHORT)
     assert fixed.returncode == 0, fixed.stderr
-    if left == "booting":
-        assert len(billing(quick)) == 1, "it is remembered, and has a deadline"
+    assert billing(quick) == [] or left == "ready"
     assert gpu("terminate", "--all", "-y").returncode == 0
     assert billing(quick) == []
     assert max(quick.core.per_name().values(), default=1) == 1
