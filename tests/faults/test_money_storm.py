@@ -24,6 +24,8 @@ from tests.faults.money_world import Stage, World
 ALL = {**AT_LAUNCH, **AT_END}
 _USE_S = 600.0
 _CHUNK = 500
+_LONG = 110
+"""Effects of a journey."""
 _MEMORY = Path("/dev/shm")
 OUTCOMES = {
     "limited without an end": ("RateLimited", 0),
@@ -139,9 +141,13 @@ def test_dying_anywhere_leaks_nothing(stage: Stage, way_out: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("fault", ALL)
 def test_dying_anywhere_with_each_fault_leaks_nothing(stage: Stage, fault: str) -> None:
-    """Killed at every effect of a journey with this fault, each way out leaves nothing that costs money."""
-    for dies_at in range(1, effects(stage, fault) + 1):
-        for way_out in WAYS_OUT:
+    """Killed at every effect of a journey with this fault, each way out leaves nothing that costs money.
+
+    In a long one, where most effects are looks at a machine that does not come up, each effect has one way out.
+    """
+    count, ways = effects(stage, fault), list(WAYS_OUT)
+    for dies_at in range(1, count + 1):
+        for way_out in ways if count <= _LONG else [ways[dies_at % len(ways)]]:
             die(stage, fault, dies_at, way_out)
 
 
