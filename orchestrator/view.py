@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -165,23 +166,29 @@ class _Lines:
             print(self._tally.line(), file=sys.stderr, flush=True)  # noqa: T201 -- progress goes to stderr
 
 
+def _width() -> int:
+    """Of the terminal, in columns; 80 for one that does not say."""
+    return shutil.get_terminal_size().columns
+
+
 @contextlib.contextmanager
 def _live(tally: Tally) -> Iterator[View]:
-    """One line that is drawn anew, at most so many times a second; notes stand above it."""
+    """One line that is drawn anew, at most so many times a second and for each phase; notes stand above it."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread that draws by itself
     shape = "{desc} {bar} {n_fmt}/{total_fmt} rows home{postfix}"
-    with tqdm(file=sys.stderr, bar_format=shape, leave=False, dynamic_ncols=True, desc="starting") as bar:
-        drawn_at = 0.0
+    with tqdm(file=sys.stderr, bar_format=shape, leave=False, ncols=_width(), desc="starting") as bar:
+        drawn_at, phase = 0.0, ""
 
         def view(frame: dict[str, Any], data: bytes) -> None:
-            nonlocal drawn_at
+            nonlocal drawn_at, phase
             if words := spoken(frame):
                 bar.write(words, file=sys.stderr)
-            if tally.take(frame, data) and clock.monotonic() - drawn_at >= 1 / REFRESH_PER_SECOND:
-                drawn_at = clock.monotonic()
-                bar.total, bar.n = tally.total, tally.home
+            is_due = clock.monotonic() - drawn_at >= 1 / REFRESH_PER_SECOND
+            if tally.take(frame, data) and (is_due or tally.phase != phase):
+                drawn_at, phase = clock.monotonic(), tally.phase
+                bar.total, bar.n, bar.ncols = tally.total, tally.home, _width()
                 bar.set_description_str(tally.phase, refresh=False)
                 bar.set_postfix_str(" · ".join(tally.line().split(" · ")[2:]), refresh=False)
                 bar.refresh()
