@@ -166,6 +166,10 @@ class _Lines:
             print(self._tally.line(), file=sys.stderr, flush=True)  # noqa: T201 -- progress goes to stderr
 
 
+_ROWS = 20
+"""Of the terminal: only whether there is more than one line matters, and not every terminal says."""
+
+
 def _width() -> int:
     """Of the terminal, in columns; 80 for one that does not say."""
     return shutil.get_terminal_size().columns
@@ -178,7 +182,7 @@ def _live(tally: Tally) -> Iterator[View]:
 
     tqdm.monitor_interval = 0  # no thread that draws by itself
     shape = "{desc} {bar} {n_fmt}/{total_fmt} rows home{postfix}"
-    with tqdm(file=sys.stderr, bar_format=shape, leave=False, ncols=_width(), desc="starting") as bar:
+    with tqdm(file=sys.stderr, bar_format=shape, leave=False, ncols=_width(), nrows=_ROWS, desc="starting") as bar:
         drawn_at, phase = 0.0, ""
 
         def view(frame: dict[str, Any], data: bytes) -> None:
