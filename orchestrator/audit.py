@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from orchestrator import clock, guarding, ledger, machines, rentals, returning
+from orchestrator import clock, guarding, ledger, machines, market, rentals, returning
 from orchestrator.errors import GpuError, UsageError
 from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
 from orchestrator.rentals import Caps, Rental, Terms
@@ -139,6 +139,7 @@ def _kept(errors: list[GpuError]) -> Any:
 def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: bool) -> None:
     rental = entry if isinstance(entry, Rental) else rebuild(provider, entry)
     with rental.locked():
+        provider = market.account_of(rental)
         if discard:
             returning.at_deadline(rental, provider, say)
         else:
@@ -166,6 +167,7 @@ def rebuild(provider: Provider, instance: Instance) -> Rental:
         asked_at=marked_at(marker),
         instance_id=instance.instance_id,
         raw_state=instance.raw_state,
+        account=provider.account,
         deadline=_deadline(instance),
         key_name=next((key for key in instance.key_names if key.startswith("gpu-2")), ""),
     )

@@ -1,11 +1,14 @@
-"""What machines that are gone have left: their folders here, and public keys of ours in the accounts."""
+"""What is of no more use: folders of machines that are gone, worker code no run keeps, keys of ours in the accounts."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from orchestrator import clock, inventory, machines, providers, rentals
+from orchestrator import agents, clock, config, inventory, machines, providers, rentals, runs
 from orchestrator.errors import GpuError
 from orchestrator.providers.base import Provider, marked_at, marker_of
 from orchestrator.rentals import ENDED
@@ -19,9 +22,10 @@ class Left:
 
     machines: list[str] = field(default_factory=list)
     keys: list[tuple[Provider, str]] = field(default_factory=list)
+    caches: list[Path] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.machines or self.keys)
+        return bool(self.machines or self.keys or self.caches)
 
     def words(self) -> Iterator[str]:
         """A line for each."""
@@ -29,31 +33,44 @@ class Left:
             yield f"the folder of {name}, which is gone"
         for account, name in self.keys:
             yield f"the public key {name} in your account at {account.name}, which no instance uses"
+        for path in self.caches:
+            yield f"{path}, which no run needs"
 
 
 def look() -> Left:
-    """What is left of machines that are gone. A key counts once neither an instance nor a record uses it."""
+    """What is left. A key counts once neither an instance nor a record uses it, at once if a gone machine had it."""
     known = rentals.known()
     left = Left(
-        [rental.name for rental in known if rental.record.state in ENDED and not inventory.not_home(rental.name)]
+        [rental.name for rental in known if rental.record.state in ENDED and not inventory.not_home(rental.name)],
+        caches=list(_caches()),
     )
     used_here = {rental.record.key_name for rental in known if rental.record.state not in ENDED}
+    done_here = {rental.record.key_name for rental in known if rental.record.state in ENDED}
     for name in providers.names():
         try:
             account = providers.open_if_any(name)
             if account is None:
                 continue
             used = used_here | {key for entry in account.instances() for key in entry.key_names}
-            left.keys += [(account, key) for key in account.key_names() if _is_old(key) and key not in used]
+            free = [key for key in account.key_names() if marker_of(key, {}) is not None and key not in used]
+            left.keys += [(account, key) for key in free if key in done_here or _is_old(key)]
         except GpuError:  # what cannot be asked is cleaned the next time
             continue
     return left
 
 
 def _is_old(key: str) -> bool:
-    """Whether a key bears a marker of ours from long ago: another laptop's launch may still need a newer one."""
-    marker = marker_of(key, {})
-    return marker is not None and clock.timestamp() - marked_at(marker) > _OLD_S
+    """Whether a marker is from long ago: another laptop's launch may still need the key of a newer one."""
+    return clock.timestamp() - marked_at(key) > _OLD_S
+
+
+def _caches() -> Iterator[Path]:
+    """Worker code that no run keeps, and what a killed command left half made; nothing that is younger than a day."""
+    used = {run.record.agent for run in runs.remembered()} | {agents.digest(agents.sources())}
+    stores = (config.state_folder() / "agents", machines.folder(machines.LOCAL) / "agent")
+    found = [path for store in stores for path in store.glob("*") if path.is_dir() and path.name not in used]
+    found += machines.folder(machines.LOCAL).parent.glob(".gone-*")
+    yield from sorted(path for path in found if time.time() - path.stat().st_mtime > _OLD_S)
 
 
 def remove(left: Left) -> None:
@@ -63,3 +80,5 @@ def remove(left: Left) -> None:
             machines.remove(name)
     for account, name in left.keys:
         account.remove_key(name)
+    for path in left.caches:
+        shutil.rmtree(path, ignore_errors=True)

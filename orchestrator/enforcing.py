@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import guarding, idleness, journey, notices, outcome, providers, rentals, returning, runs
+from orchestrator import guarding, idleness, journey, market, notices, outcome, rentals, returning, runs
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
 
 Say = Callable[[str], None]
 
 
-def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
-    """Give back every machine whose time is over, and, thoroughly, every one that is idle with all of its rows home.
+def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
+    """Give back every machine whose time is over, and every one that is idle, once all of its rows are home.
 
-    Returns what went wrong; one machine in trouble does not keep the others from being ended.
+    `spared`: the machine that a command is about to use; idle or not, it stays. Returns what went wrong: one machine
+    in trouble does not keep the others from being ended.
     """
     errors = []
     for rental in rentals.known():
@@ -23,11 +24,11 @@ def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
                 say(f"{rental.name} is past its deadline of {guarding.moment(rental.record.deadline)}")
                 notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
-                    returning.at_deadline(rental, providers.open(rental.record.provider), say)
-            elif thoroughly and rental.record.state == "ready" and (why := idleness.too_long(rental)):
+                    returning.at_deadline(rental, market.account_of(rental), say)
+            elif rental.record.state == "ready" and rental.name != spared and (why := idleness.too_long(rental)):
                 say(f"{rental.name} is idle: {why}")
                 with rental.locked():
-                    returning.give_back(rental, providers.open(rental.record.provider), say)
+                    returning.give_back(rental, market.account_of(rental), say)
         except GpuError as error:
             errors.append(error)
     return errors
@@ -36,14 +37,14 @@ def enforce(say: Say, *, thoroughly: bool = False) -> list[GpuError]:
 def _go_on(rental: Rental, say: Say) -> None:
     """Look once for what an unanswered request made; carry to its end what a command began to give back."""
     if rental.record.state == "launching":
-        outcome.take_over(rental, providers.open(rental.record.provider))
+        outcome.take_over(rental, market.account_of(rental))
     elif rental.record.state == "stopping":
-        returning.end(rental, providers.open(rental.record.provider), say)
+        returning.end(rental, market.account_of(rental), say)
 
 
 def step(say: Say) -> list[GpuError]:
     """One step of everything, for cron: caps enforced, unanswered requests looked for, rows of runs brought home."""
-    errors = enforce(say, thoroughly=True)
+    errors = enforce(say)
     for rental in rentals.known():
         try:
             if rental.record.state in ("launching", "stopping"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import durable
 from orchestrator import clock, config, keys, money
 from orchestrator.errors import ConfigError
+from orchestrator.plain import plain
 from orchestrator.rentals import ENDED, Rental
 
 if TYPE_CHECKING:
@@ -57,15 +58,21 @@ def chosen() -> str:
     return how
 
 
-def choose(how: str) -> None:
-    """Have all machines launched from now on guarded so."""
-    durable.save_json(keys.user_config(), {**money.settings(), "guard": how})
+def is_chosen() -> bool:
+    """Whether the user has chosen a guard yet."""
+    return "guard" in money.settings()
+
+
+def choose(how: str) -> list[Path]:
+    """Have all machines launched from now on guarded so; returns the files written for that guard."""
+    keys.change("guard", how)
+    return write_reaper() if how == "reaper" else []
 
 
 def document(rental: Rental) -> dict[str, Any]:
     """What is armed for a machine, as `gpu status --json` gives it."""
     record = rental.record
-    armed = record.state not in ENDED and record.deadline is not None
+    armed = record.state not in ENDED and record.deadline is not None and record.guard_seen.get("alive", True)
     return {"armed": armed, "deadline": moment(record.deadline), "how": record.guard if armed else None}
 
 
@@ -74,7 +81,19 @@ def in_words(rental: Rental) -> str:
     record = rental.record
     if record.deadline is None:
         return "no deadline: nobody ends it but you"
-    return f"to be given back at {moment(record.deadline)}; {HOW.get(record.guard, record.guard)}"
+    how = HOW.get(record.guard, record.guard)
+    return f"to be given back at {moment(record.deadline)}; {how}{_seen(record.guard_seen)}"
+
+
+def _seen(seen: dict[str, Any]) -> str:
+    """What the machine's own guard said last, in words; empty when it was never asked."""
+    if not seen:
+        return ""
+    trouble = f"; its trouble: {plain(seen['error'])}" if seen["error"] else ""
+    if not seen["alive"]:
+        return f". AT {moment(seen['at'])} THAT GUARD WAS NOT ALIVE: only commands typed here end it{trouble}"
+    until = moment(seen["deadline"]) or "told otherwise"
+    return f". Armed until {until}, by its own word at {moment(seen['at'])}{trouble}"
 
 
 def on_machine(rental: Rental, provider: Provider, marker: str) -> GuardOrder:

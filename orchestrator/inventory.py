@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import guarding, machines, providers, rentals, runs
-from orchestrator.errors import ConfigError, GpuError
+from orchestrator import guarding, machines, market, on_machine, rentals, runs
+from orchestrator.errors import ConfigError, GpuError, NotReachable
 from orchestrator.machines import Record
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
@@ -87,12 +87,15 @@ def refresh(name: str | None) -> None:
 def _refresh(rental: Rental) -> None:
     """Ask where an instance stands, and note it, unless another command is at it: that one's record would be undone."""
     instance_id = rental.record.instance_id or ""
-    found = providers.open(rental.record.provider).get(instance_id)
+    found = market.account_of(rental).get(instance_id)
     with contextlib.suppress(ConfigError), rental.locked():
         if rental.record.instance_id != instance_id or not rental.may_cost:
             return
         if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
+        if rental.record.guard == "on-machine" and rental.record.state == "ready":
+            with contextlib.suppress(NotReachable):  # not unguarded for that: what it said last stands
+                on_machine.read_back(rental)
 
 
 def warnings() -> list[str]:

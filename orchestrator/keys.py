@@ -92,6 +92,15 @@ def merge(document: dict[str, Any], *, replace: bool) -> list[str]:
     return sorted(new)
 
 
+def change(name: str, value: Any) -> None:
+    """Set one setting of the user config file. Raises ConfigError when it cannot be written."""
+    try:
+        with locks.held(config.state_folder() / "config.lock", _LOCK_WAIT_S):
+            durable.save_json(user_config(), {**stored(), name: value})
+    except OSError as error:
+        raise ConfigError(f"{user_config()} cannot be written: {error.strerror or error}. It is as it was.") from None
+
+
 def parse(text: str, where: str) -> dict[str, Any]:
     """What the text of a user config file says, `keys` always there; ConfigError, saying where, when it is none."""
     try:

@@ -85,6 +85,7 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
     """The cheapest offer that was not tried in vain. Raises NoCapacity when there is none (left)."""
     if len(rental.record.tried) >= _REQUESTS_MAX:
         raise _given_up(rental, NoCapacity(f"{_REQUESTS_MAX} requests came to nothing. Nothing is rented."))
+    why: GpuError
     for look in range(_CAPACITY_LOOKS_MAX if wait_capacity else 1):
         try:
             found = offers.suitable(provider.offers(rental.need()), rental.need())
@@ -95,10 +96,15 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
                 _check(rental, left[0], provider)
                 return left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
+            words = f"all {len(found)} that fit came to nothing before"
         except NoCapacity as error:
-            why = error
+            why, words = error, "no capacity yet"
+        except (AuthRejected, Refused) as error:
+            raise _given_up(rental, error) from None
+        except (ProviderDown, RateLimited) as error:  # a night's wait outlasts an hour without the provider
+            why, words = error, "its provider cannot be asked just now"
         if wait_capacity:
-            say(f"no capacity yet ({look + 1}); looking again in {_CAPACITY_EVERY_S:.0f} s. Ctrl-C ends it")
+            say(f"{words} ({look + 1}); looking again in {_CAPACITY_EVERY_S:.0f} s. Ctrl-C ends it")
             rental.save(tried=[entry for entry in rental.record.tried if entry["why"].startswith(BAD)])
             clock.sleep(_CAPACITY_EVERY_S)
     raise _given_up(rental, why)
@@ -114,15 +120,19 @@ def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
 
 
 def _was_tried(rental: Rental, offer: Offer) -> bool:
-    return any(entry["offer"] == offer.offer_id for entry in rental.record.tried)
+    """Whether an offer came to nothing, or a machine where it is was no good."""
+    return any(
+        entry["offer"] == offer.offer_id or (entry["why"].startswith(BAD) and entry.get("place") == offer.place())
+        for entry in rental.record.tried
+    )
 
 
 def _tried(rental: Rental) -> str:
     return "; ".join(f"{entry['offer']}: {entry['why']}" for entry in rental.record.tried)
 
 
-def _given_up(rental: Rental, error: NoCapacity) -> NoCapacity:
-    """Record that nothing came of it."""
+def _given_up(rental: Rental, error: GpuError) -> GpuError:
+    """Record that nothing came of it; the name is free again."""
     _refused(rental, error.message)
     return error
 
@@ -139,11 +149,14 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     marker = base.new_marker(clock.now())
     key_name = rental.record.key_name or marker
     rental.save(key_name=key_name)
-    key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
+    try:
+        key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
+    except GpuError as error:
+        raise _given_up(rental, error) from None
     asked_at = clock.timestamp()
     hours = rental.caps_left().hours(offer.price_usd_per_hour)
     deadline = asked_at + hours * 3600 if hours is not None else None
-    rental.save(key_name=key_name, deadline=deadline)
+    rental.save(key_name=key_name, account=provider.account, deadline=deadline)
     order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
     rental.save(
@@ -203,8 +216,8 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
         say(f"  {error.message} It is given back.")
         returning.end(rental, provider, say)
         bad = sum(entry["why"].startswith(BAD) for entry in rental.record.tried) + 1
-        offer = rental.record.offer["offer_id"]
-        tried = [*rental.record.tried, {"offer": offer, "why": BAD + error.message}]
+        offer = rental.offer()
+        tried = [*rental.record.tried, {"offer": offer.offer_id, "place": offer.place(), "why": BAD + error.message}]
         rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
         if bad >= _BAD_MACHINES_MAX:
             raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None

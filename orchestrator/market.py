@@ -1,4 +1,4 @@
-"""The clouds asked for their offers, side by side: what a user's options ask for, and who may have it."""
+"""The clouds that are asked: for their offers, side by side, and, of a machine, the account it was rented in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator import providers
-from orchestrator.errors import ProviderError
+from orchestrator.errors import ConfigError, ProviderError
 from orchestrator.providers.base import Need, Offer, Provider
+from orchestrator.rentals import Rental
 
 
 def need(how: dict[str, Any]) -> Need:
@@ -34,6 +35,23 @@ def accounts(name: str | None) -> list[Provider]:
         names = providers.names()
         providers.open(names[0])  # says which key is missing, and where to get one
     return found
+
+
+def account_of(rental: Rental) -> Provider:
+    """The account a machine was rented in. ConfigError when the key found here is surely, or maybe, another account's.
+
+    There its instance is not known, which would read as gone. A newer key of the same account shows what it left.
+    """
+    account, record = providers.open(rental.record.provider), rental.record
+    if record.account in ("", account.account) or record.state == "planned":
+        return account
+    if record.key_name in account.key_names() or any(entry.marker == record.marker for entry in account.instances()):
+        return account
+    raise ConfigError(
+        f"{rental.name} was rented with another account key than the one found here, whose account knows nothing of "
+        "it. Whether it still costs money cannot be told with this key.",
+        f"Set the key it was rented with, then again. Or look there yourself: {account.dashboard}",
+    )
 
 
 def listed(found: Sequence[Provider], need: Need) -> list[Offer]:

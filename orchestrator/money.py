@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import clock, keys, ledger
+from orchestrator import clock, keys, ledger, rentals
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.providers.base import Offer
 from orchestrator.rentals import Caps
@@ -68,10 +68,13 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
     most = at_most(price, caps)
     words = "could cost without end" if most is None else f"could cost up to {most:.2f} USD by its caps"
     _check_limit("usd_per_machine", bounds.usd_per_machine, most, f"{offer.type_name} {words}")
-    spent = this_month()
-    total = None if most is None else spent + most
-    words = f"{spent:.2f} USD are spent this month, and {offer.type_name} {words}"
-    _check_limit("usd_per_month", bounds.usd_per_month, total, words)
+    if bounds.usd_per_month is not None:
+        spent = this_month()
+        others = to_come()
+        total = None if most is None or others is None else spent + others + most
+        more = "without end" if others is None else f"up to {others:.2f}"
+        words = f"{spent:.2f} USD are spent this month, {more} by what is rented already, and {offer.type_name} {words}"
+        _check_limit("usd_per_month", bounds.usd_per_month, total, words)
 
 
 def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:
@@ -86,6 +89,18 @@ def at_most(price_usd_per_hour: float, caps: Caps) -> float | None:
     """What a machine can cost until its deadline, in USD; None: it has none."""
     hours = caps.hours(price_usd_per_hour)
     return None if hours is None else ledger.usd(hours, price_usd_per_hour)
+
+
+def to_come() -> float | None:
+    """What machines that are rented now may still cost until their deadlines, in USD; None: one has no deadline."""
+    total, now = 0.0, clock.timestamp()
+    for rental in rentals.known():
+        if rental.may_cost:
+            if rental.record.deadline is None:
+                return None
+            left_h = max(rental.record.deadline - now, 0.0) / 3600
+            total += ledger.usd(left_h, rental.price_usd_per_hour or 0.0)
+    return total
 
 
 def this_month() -> float:

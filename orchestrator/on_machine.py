@@ -6,9 +6,11 @@ import contextlib
 from typing import Any
 
 from jobs import spec
-from orchestrator import rentals, transport
+from orchestrator import clock, machines, rentals, transport
+from orchestrator.delivery import prepared_agent
 from orchestrator.errors import BadAnswer, ConfigError, GpuError
 from orchestrator.home import Arrivals
+from orchestrator.rentals import Rental
 from orchestrator.runs import Run
 from orchestrator.transport import Machine
 
@@ -29,6 +31,17 @@ def idle(machine: Machine, agent: str) -> dict[str, Any]:
 def view(machine: Machine, agent: str) -> dict[str, Any]:
     """How the machine's guard stands: `alive`, and, where one was ever armed, `phase`, `deadline`, `last_error`…"""
     return _guard_said(machine, transport.ask(machine, transport.root_words(machine, agent, "guard")))
+
+
+def read_back(rental: Rental) -> dict[str, Any]:
+    """How a rented machine's own guard stands now, noted on its record; whoever calls holds its lock."""
+    with machines.at(rental.name) as machine:
+        told = view(machine, prepared_agent(machine))
+    deadline, error = told.get("deadline"), told.get("last_error")
+    seen = {"alive": told["alive"], "phase": str(told.get("phase") or ""), "at": clock.timestamp()}
+    seen |= {"deadline": deadline if type(deadline) in (int, float) else None, "error": str(error or "")[:300]}
+    rental.save(guard_seen=seen)
+    return seen
 
 
 def move_deadline(machine: Machine, agent: str, deadline: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import durable
-from orchestrator import clock, delivery, enrolment, guarding, machines, on_machine, ssh, ssh_config
+from orchestrator import clock, enrolment, guarding, on_machine, ssh, ssh_config
 from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
@@ -250,13 +250,12 @@ def _guarded(up: _Climb) -> str:
 
     def look() -> str | None:
         try:
-            with machines.at(up.rental.name) as machine:
-                told = on_machine.view(machine, delivery.prepared_agent(machine))
+            seen = on_machine.read_back(up.rental)
         except GpuError as error:
             up.last = error.message
             return None
-        up.last = str(told.get("last_error") or "")
-        return guarding.in_words(up.rental) if told["alive"] else None
+        up.last = seen["error"]
+        return guarding.in_words(up.rental) if seen["alive"] else None
 
     return up.until(look, _GUARD_S, "its guard is not armed")
 

@@ -82,10 +82,14 @@ class Record:
     guard: str = "laptop"
     key_name: str = ""
     """Of its public key in the account."""
+    account: str = ""
+    """Which account key it was rented with, as a digest."""
     tried: list[dict[str, str]] = field(default_factory=list)
-    """Offers that came to nothing: `offer`, and `why`."""
+    """Offers that came to nothing: `offer`, `why`, and `place` where a machine was no good."""
     python: str | None = None
     """The interpreter asked for with --python."""
+    guard_seen: dict[str, Any] = field(default_factory=dict)
+    """What a guard on the machine said last: `alive`, `deadline`, `at` (seconds since 1970), `phase`, `error`."""
     unattended: bool = False
     """Whether its launch was told not to wait: that it boots, and nobody looks, is meant."""
     is_told: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import guarding, launching, ledger, machines, market, money, offers, providers, rentals
+from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals
 from orchestrator.errors import ConfigError, GpuError, NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
@@ -66,7 +66,8 @@ def in_words(asked: Wish, offer: Offer) -> list[str]:
     idle_words = "never for being idle" if idle is None else f"after {idle:g} idle minutes, once its rows are home"
     return [
         f"Rent {offers.in_words(offer)}: {limit}; given back {idle_words}.",
-        f"At the hard deadline it is ended with whatever is on it. Guard: {guarding.HOW[guarding.chosen()]}.",
+        f"At the hard deadline it is ended with whatever is on it. Guard: {guarding.HOW[guarding.chosen()]}."
+        + ("" if guarding.is_chosen() else " Choose another: gpu guard setup"),
     ]
 
 
@@ -97,7 +98,7 @@ def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
     with rental.locked():
         if rental.record.state in ENDED:
             raise gone(rental)
-        launching.launch(rental, providers.open(rental.record.provider), say, wait_capacity=wait_capacity)
+        launching.launch(rental, market.account_of(rental), say, wait_capacity=wait_capacity)
         if rental.record.state in ENDED:
             raise gone(rental)
 
@@ -137,7 +138,7 @@ def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) 
 
     Raises ConfigError when it is given back instead, because that had begun.
     """
-    account = providers.open(rental.record.provider)
+    account = market.account_of(rental)
     with rental.locked():
         rental.save(unattended=until_rented)
         while rental.record.state in ("planned", "launching") or (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from orchestrator import clock, guarding, inventory, journey, ledger, notices, providers, rentals, renting, returning
+from orchestrator import clock, guarding, inventory, journey, ledger, market, notices, rentals, renting, returning
 from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NotReachable
 from orchestrator.providers.base import Need
 from orchestrator.rentals import ENDED, Caps, Rental
@@ -49,12 +49,14 @@ def _wish(run: Run) -> Wish | None:
 def begin(run: Run, name: str) -> bool:
     """Make the record of a machine the run will have, unless its budget is spent; whether there is one now.
 
-    Nobody is asked but for what is offered.
+    One that came to nothing is asked for anew; one that the run has worked on is not. Nobody is asked but for offers.
     """
     wish = _left(run)
     if wish is None:
         return False
-    if rentals.find(name) is None:
+    rental = rentals.find(name)
+    is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
+    if is_new or (rental is not None and rental.record.state == "refused"):
         account, _ = renting.plan(wish)
         renting.rent(name, wish, account)
     return True
@@ -77,7 +79,7 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
     **May spend money**, within the caps the run was started with. Raises GpuError.
     """
     for _ in range(_MACHINES_MAX):
-        if run.record.state == "planned" and not run.record.legs:  # a new run: its machine's record comes after its own
+        if run.record.state == "planned":
             begin(run, run.record.machine)
         if run.record.state not in ENDED_RUNS:
             renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
@@ -104,7 +106,7 @@ def _end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
     rental = rentals.find(run.record.machine)
     if rental is not None:
         with rental.locked():
-            returning.at_deadline(rental, providers.open(rental.record.provider), say)
+            returning.at_deadline(rental, market.account_of(rental), say)
     notices.tell("guard_fired", run_id=run.run_id, machine=run.record.machine, message=error.message)
     run.reload()
 
@@ -138,7 +140,7 @@ def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
         return False
     say(f"{error.message} It is given back, and the run goes on elsewhere.")
     with rental.locked():
-        returning.end(rental, providers.open(rental.record.provider), say)
+        returning.end(rental, market.account_of(rental), say)
         rental.save(state="lost", failure="it did not answer any more")
     return True
 
@@ -180,7 +182,7 @@ def after(run: Run, say: Say) -> None:
         return
     try:
         with rental.locked():
-            returning.give_back(rental, providers.open(rental.record.provider), say)
+            returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
         raise MayCost(error.message, error.hint) from None
     for line in returning.receipt(rental):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator import clock, providers, rentals, returning
+from orchestrator import clock, market, rentals, returning
 from orchestrator.errors import GpuError
 from orchestrator.rentals import ENDED, Rental
 
@@ -31,7 +31,7 @@ def is_gone(name: str) -> bool:
 def _is_gone(rental: Rental) -> bool:
     if rental.record.state in ENDED:
         return True
-    provider = providers.open(rental.record.provider)
+    provider = market.account_of(rental)
     for _ in range(2):
         found = provider.get(rental.record.instance_id or "")
         if found is not None and found.state == "unhealthy" and _for_long(rental):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ from tests import cloud as clouds
 from tests import rig
 from tests.rig import Reachable, Sshd
 
+for _number in (signal.SIGINT, signal.SIGQUIT):  # ignored in all that a shell starts in the background
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="gpu-tests-")  # before transformers is imported: no real home
 machine_room = pytest.fixture(rig.machine_room)
 proxies = pytest.fixture(rig.proxies)

@@ -13,6 +13,7 @@ from orchestrator import (
     guarding,
     inventory,
     machines,
+    market,
     offers,
     providers,
     rentals,
@@ -49,9 +50,33 @@ def launch(name: str | None, **how: Any) -> None:
         if how["as_json"]:
             output.document({"dry_run": True, "offer": offers.document(offer)})
         return
-    agree("Rent it?", how["yes"])
+    agree_to_rent(how["yes"])
     rental = renting.rent(name or renting.default_name(asked, offer), asked, account)
     go_on(rental, how, wait_capacity=asked.wait_capacity)
+
+
+def agree_to_rent(yes: bool) -> None:
+    """Have the user choose a guard, once, where somebody can be asked; then return when a machine may be rented."""
+    if not yes and sys.stdin.isatty() and not guarding.is_chosen():
+        click.echo("Who is to end rented machines while this laptop is closed? You are asked this once.", err=True)
+        choose_guard(None)
+    agree("Rent it?", yes)
+
+
+def choose_guard(how: str | None) -> None:
+    """Have one of the guards chosen, each said in plain words; asked for unless `how` says which."""
+    for name, words in guarding.HOW.items():
+        click.echo(f"{name}: {words}", err=True)
+    if how is None:
+        kinds = click.Choice(list(guarding.HOW))
+        how = str(click.prompt("Which one", type=kinds, default=guarding.chosen(), err=True))
+    files = guarding.choose(how)
+    click.echo(f"Machines launched from now on are guarded by: {how}", err=True)
+    for path in files:
+        click.echo(f"Written: {path}", err=True)
+    if files:
+        words = "Add the line of the first to your crontab (crontab -e), or the second to a repository of yours."
+        click.echo(words, err=True)
 
 
 def agree(question: str, yes: bool) -> None:
@@ -92,16 +117,20 @@ def wait(name: str | None, **how: Any) -> None:
     \b
     Example:  gpu wait
     """
-    enforced(output.progress(how["quiet"]))
     rental = rentals.choose(name)
+    enforced(output.progress(how["quiet"]), rental.name)
+    rental.reload()
     if rental.record.state in rentals.ENDED:
         raise renting.gone(rental)
     go_on(rental, how)
 
 
-def enforced(say: Any) -> None:
-    """Give back what is past its caps before anything else; trouble with that is said, and stops nothing."""
-    for error in enforcing.enforce(say):
+def enforced(say: Any, spared: str | None = None) -> None:
+    """Give back what is past its caps before anything else; trouble with that is said, and stops nothing.
+
+    `spared`: the machine that is about to be used; it may be idle.
+    """
+    for error in enforcing.enforce(say, spared):
         click.echo(f"{error.message}\n{error.hint}", err=True)
 
 
@@ -152,7 +181,7 @@ def _give_back(rental: Rental, say: Any, *, discard: bool) -> errors.GpuError | 
     """Give one of several back; what went wrong with it is said, so that the others are given back too."""
     try:
         with rental.locked():
-            returning.give_back(rental, providers.open(rental.record.provider), say, discard=discard)
+            returning.give_back(rental, market.account_of(rental), say, discard=discard)
     except errors.GpuError as error:
         click.echo(f"{error.message}\n{error.hint}", err=True)
         rental.reload()

@@ -10,7 +10,7 @@ import click
 from orchestrator import audit as audits
 from orchestrator import cleaning, enforcing, errors, guarding, market, renting
 from orchestrator.cli import output
-from orchestrator.cli.cloud import agree, enforced
+from orchestrator.cli.cloud import agree, choose_guard, enforced
 from orchestrator.plain import plain
 
 
@@ -109,21 +109,9 @@ def setup(how: str | None) -> None:
     \b
     Example:  gpu guard setup --how reaper
     """
-    for name, words in guarding.HOW.items():
-        click.echo(f"{name}: {words}", err=True)
-    if how is None:
-        if not sys.stdin.isatty():
-            raise errors.UsageError("Nobody can be asked here. Nothing was changed.", "Say which: --how")
-        agree_choice = click.prompt(
-            "Which one", type=click.Choice(list(guarding.HOW)), default=guarding.chosen(), err=True
-        )
-        how = str(agree_choice)
-    guarding.choose(how)
-    click.echo(f"Machines launched from now on are guarded by: {how}")
-    if how == "reaper":
-        for path in guarding.write_reaper():
-            click.echo(f"Written: {path}")
-        click.echo("Add the line of the first to your crontab (crontab -e), or the second to a repository of yours.")
+    if how is None and not sys.stdin.isatty():
+        raise errors.UsageError("Nobody can be asked here. Nothing was changed.", "Say which: --how")
+    choose_guard(how)
 
 
 @click.command()
@@ -145,7 +133,7 @@ def advance(everything: bool, quiet: bool) -> None:
 @click.command()
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def clean(yes: bool) -> None:
-    """Remove the folders of machines that are gone, old caches, and public keys of ours left in your accounts.
+    """Remove folders of machines that are gone, worker code no run keeps, and keys of ours left in your accounts.
 
     \b
     Example:  gpu clean

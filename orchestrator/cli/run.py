@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs import spec
-from orchestrator import advance, errors, journey, machines, planning, runs, sync, tenancy, view
+from orchestrator import advance, errors, journey, machines, planning, rentals, runs, sync, tenancy, view
 from orchestrator.cli import completion, output, results, wishes
-from orchestrator.cli.cloud import agree, enforced
+from orchestrator.cli.cloud import agree_to_rent, enforced
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -84,9 +84,9 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
               gpu run --on box --out 'results/*.jsonl' -- python scripts/diagnose.py --deep
     """
     job = _job(name, ctx.meta[AFTER])
-    enforced(output.progress(how["quiet"]))
     rents = _is_rented(how)
     machine = machines.LOCAL if rents else machines.choose(how["machine"])
+    enforced(output.progress(how["quiet"]), machine)
     asked = planning.Asked(machine=machine, **{key: how[key] for key in (*_ASKED, *_AFTERWARDS)})
     document = planning.request(asked, job)
     if rents:
@@ -123,7 +123,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
         say(line)
     if how["dry_run"]:
         return asked
-    agree("Rent it?", how["yes"])
+    agree_to_rent(how["yes"])
     name = tenancy.name_for(document["run_id"])
     renting.check_name(name)
     return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
@@ -178,8 +178,9 @@ def resume(name: str | None, **how: Any) -> None:
               gpu resume 20261120-eval-gsm8k-tiny-3f9c --on otherbox
               gpu resume --gpu H100 --terminate
     """
-    enforced(output.progress(how["quiet"]))
     found = runs.find(name)
+    enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine)
+    found.reload()
     if _is_rented(how):
         how["machine"] = _rented_again(found, how)
     _announce(found, how, machines.choose(how["machine"]) if how["machine"] else found.record.machine)
@@ -190,9 +191,16 @@ def resume(name: str | None, **how: Any) -> None:
     except (errors.GpuError, click.exceptions.Exit):
         _show_outcome(found, how)
         raise
+    _note_wishes(found, how)
+    _carry(found, how)
+
+
+def _note_wishes(found: Run, how: dict[str, Any]) -> None:
+    """Keep what was asked of a resumed run's machine: that it goes back, or that the run has left what is rented."""
+    if how["machine"] and rentals.find(how["machine"]) is None:
+        found.save(rents={})
     if how["terminate"] is not None and found.record.state != "sealed":
         found.save(terminate=how["terminate"])
-    _carry(found, how)
 
 
 def _rented_again(found: Run, how: dict[str, Any]) -> str:

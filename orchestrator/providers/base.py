@@ -58,6 +58,10 @@ class Offer:
     machine_id: str | None = None
     architecture: str = "x86_64"
 
+    def place(self) -> str:
+        """Where it stands, as far as that is known: what is no good there is not looked for there again."""
+        return f"{self.provider}/{self.machine_id or self.region}"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -119,6 +123,8 @@ class Provider(Protocol):
     """Where a person looks at the account's instances."""
     api_url: str
     """Where its API is, for a guard on a machine."""
+    account: str
+    """Which key it is asked with: a name made of a digest, which does not give the key."""
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
 

@@ -17,7 +17,7 @@ from orchestrator.errors import (
     RateLimited,
     Refused,
 )
-from orchestrator.providers import lambda_answers
+from orchestrator.providers import lambda_answers, pace
 from orchestrator.providers.base import MARKER_TAG, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
@@ -51,6 +51,7 @@ class LambdaCloud:
 
     def __init__(self, key: str) -> None:
         self.api_url = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
+        self.account = pace.account("lambda", key)
         self._client = Client(Api("lambda", TITLE, self.api_url, key, lambda_answers.complaint, _EVERY_S))
         self._port = _ssh_port()
 

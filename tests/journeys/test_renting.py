@@ -215,6 +215,34 @@ def test_capacity_is_waited_for_where_it_was_asked(quick: Cloud) -> None:
     assert gpu("terminate", "-y").returncode == 0
 
 
+def test_a_wait_for_capacity_outlasts_its_provider(quick: Cloud) -> None:
+    """An hour in which the provider does not answer does not end a night's wait; a refused key does."""
+    command = begun(*A10, "--region", "us-south-2", "--wait-capacity", waits={"launching._CAPACITY_EVERY_S": 0.2})
+    until(lambda: quick.core.count("/instance-types") >= 3)
+    quick.fault("failed", when="instance-types", times=None)
+    so_far = quick.core.count("/instance-types")
+    until(lambda: quick.core.count("/instance-types") >= so_far + 10)
+    quick.core.faults.clear()
+    quick.core.catalogue.capacity["gpu_1x_a10"].append("us-south-2")
+    words = command.communicate(timeout=60)[1]
+    assert command.returncode == 0, words
+    assert "cannot be asked just now" in words
+    assert gpu("terminate", "-y").returncode == 0
+
+
+def test_where_a_machine_was_no_good_no_other_is_rented(quick: Cloud) -> None:
+    """After a bad machine its region is left out, for other types that would do, too."""
+    quick.fault("boot-unhealthy")
+    launched = gpu("launch", "box", "--min-vram", "20", "-y")
+    assert launched.returncode == 0, launched.stderr
+    bad, good = quick.core.ours()
+    assert bad.order["region_name"] != good.order["region_name"]
+    cheapest = document("offers", "--min-vram", "20", "--count", "1")
+    same_place = [entry for entry in cheapest if entry["region"] == bad.order["region_name"]]
+    assert len(same_place) > 1, "another type there was to be had"
+    assert gpu("terminate", "-y").returncode == 0
+
+
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")

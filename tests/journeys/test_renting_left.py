@@ -256,6 +256,19 @@ def test_past_its_deadline_any_command_ends_a_machine(quick: Cloud, words: tuple
     assert state() == "gone"
 
 
+@pytest.mark.parametrize(("fault", "code"), [("failed", 4), ("bad-key", 3)])
+@pytest.mark.parametrize("when", ["ssh-keys", "instance-types"])
+def test_a_launch_that_rents_nothing_leaves_its_name_free(quick: Cloud, fault: str, code: int, when: str) -> None:
+    """Whatever the provider fails at before the paid request, the same command can be typed again."""
+    quick.fault(fault, when=when, times=None, after=int(when == "instance-types"))
+    failed = gpu(*A10, "--no-wait")
+    assert failed.returncode == code, failed.stderr
+    assert state() == "refused"
+    quick.core.faults.clear()
+    assert gpu(*A10, "--no-wait").returncode == 0
+    assert gpu("terminate", "-y").returncode == 0
+
+
 def test_only_one_command_is_at_a_machine(quick: Cloud) -> None:
     """While one command launches a machine, another that would end it says so and changes nothing."""
     quick.core.timings = Timings(boot_s=600.0)

@@ -1,14 +1,17 @@
-"""What `gpu clean` takes away, and what it never does: keys that any laptop's machine still needs."""
+"""What `gpu clean` takes away, and what it never does: what a run, or any laptop's machine, still needs."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from orchestrator import cleaning, clock, inventory, machines, providers, rentals
+from orchestrator import agents, cleaning, clock, config, inventory, machines, providers, rentals
 from orchestrator.providers.base import Need, Offer, Order, new_marker
 from orchestrator.rentals import Caps, Rental, Terms
+from orchestrator.runs import Run
 from tests.cloud import Cloud, Timings
 from tests.orchestrator.providers.loopback import Time
 
@@ -89,6 +92,27 @@ def test_the_key_of_a_live_instance_stays(account: Account) -> None:
     assert clean() == [], "it is still there, and terminating"
     account.time.sleep(ENDED_S)
     assert clean() == [key]
+
+
+def test_the_key_of_a_machine_that_is_gone_goes_at_once(account: Account) -> None:
+    """However new, a key that a machine recorded here as gone has left behind is of no more use."""
+    left, other = account.key(60.0), account.key(61.0)
+    made("mine", "gone", key_name=left)
+    assert clean() == [left]
+    assert account.names() == {other}
+
+
+def test_worker_code_that_no_run_keeps_goes(account: Account, counting_run: Callable[..., Run]) -> None:
+    """Old snapshots go, but not those of a run, the installed one, or what is younger than a day."""
+    kept = counting_run().record.agent
+    store = config.state_folder() / "agents"
+    installed = agents.keep(store)
+    for name in ("0123456789abcdef", "fedcba9876543210", ".new-x"):
+        (store / name).mkdir()
+    for path in store.iterdir():
+        os.utime(path, (0, 0) if path.name != "fedcba9876543210" else None)
+    clean()
+    assert {path.name for path in store.iterdir() if path.is_dir()} == {kept, installed, "fedcba9876543210"}
 
 
 @pytest.mark.parametrize("fault", ["failed", "bad-key", "null-data", "proxy-page"])

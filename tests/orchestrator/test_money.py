@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import clock, keys, ledger, money
+from orchestrator import clock, keys, ledger, money, rentals
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.ledger import Lease
-from orchestrator.providers.base import Offer
-from orchestrator.rentals import Caps
+from orchestrator.providers.base import Need, Offer
+from orchestrator.rentals import Caps, Terms
 
 PRICES = st.integers(1, 5000).map(lambda cents: cents / 100)
 BUDGETS = st.floats(0.001, 10_000, allow_nan=False)
@@ -113,6 +114,24 @@ def test_no_limit_is_passed_over_in_silence(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         money.check(OFFER, Caps(), 5.0)
     assert str(keys.user_config()) in caught.value.message
+
+
+def test_what_is_rented_already_counts_to_its_deadline() -> None:
+    """A month's limit sees what open machines may still cost; one without a deadline leaves room for no other."""
+    allow(usd_per_month=20.0)
+    open_one = rentals.create("box", "lambda", Terms(Need(), Caps(), "laptop"))
+    facts = {"offer": asdict(OFFER), "asked_at": clock.timestamp()}
+    for state in ("launching", "booting", "ready", "stopping"):
+        open_one.save(state=state, deadline=clock.timestamp() + 14.6 * 3600, **facts)
+        money.check(OFFER, Caps(), 5.0)  # 10.95 and 9.00
+        open_one.save(deadline=clock.timestamp() + 14.7 * 3600)
+        with pytest.raises(ConfigError, match=r"up to 11\.0\d by what is rented already"):
+            money.check(OFFER, Caps(), 5.0)
+    open_one.save(deadline=None)
+    with pytest.raises(ConfigError, match="without end by what is rented already"):
+        money.check(OFFER, Caps(), 5.0)
+    open_one.save(state="gone")
+    money.check(OFFER, Caps(), 5.0)
 
 
 def test_only_this_month_counts(monkeypatch: pytest.MonkeyPatch) -> None:
