@@ -7,11 +7,12 @@ import io
 import json
 import re
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from orchestrator import agents
 from orchestrator.errors import ConfigError
+from orchestrator.providers.base import GuardOrder, HostKey
 
 MAX_BYTES = 1_000_000
 """Of the whole text; providers take at most a megabyte."""
@@ -66,35 +67,6 @@ WantedBy=multi-user.target
 """
 _PRIVATE = re.compile(r"-----BEGIN OPENSSH PRIVATE KEY-----\n[A-Za-z0-9+/=\n]+-----END OPENSSH PRIVATE KEY-----\n")
 _PUBLIC = re.compile(r"ssh-ed25519 [A-Za-z0-9+/=]+")
-
-
-@dataclass(frozen=True)
-class HostKey:
-    """A key pair made here for one machine, so that its first answer is already known to be its own."""
-
-    private: str = field(repr=False)
-    """As OpenSSH writes it."""
-    public: str
-    """Type and key; what follows is passed over."""
-
-
-@dataclass(frozen=True)
-class GuardOrder:
-    """What the guard on a machine is told: see worker/guard_settings.py, which reads it."""
-
-    marker: str
-    api_url: str
-    key: str = field(repr=False)
-    """The account's: there is none with fewer rights. Whoever is root on the machine can read it."""
-    written_at: float
-    """Now, seconds since 1970."""
-    user: str = "ubuntu"
-    """Who owns the runs there; the guard gives up being root and becomes that user."""
-    deadline: float | None = None
-    """Seconds since 1970."""
-    deadline_max: float | None = None
-    idle_s: float | None = None
-    grace_s: float = 60.0
 
 
 def user_data(host_key: HostKey, guard: GuardOrder | None) -> str:

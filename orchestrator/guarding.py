@@ -8,17 +8,14 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs import durable
 from orchestrator import clock, config, keys, money
 from orchestrator.errors import ConfigError
 from orchestrator.plain import plain
+from orchestrator.providers.base import GuardOrder, Provider
 from orchestrator.rentals import ENDED, Rental
-
-if TYPE_CHECKING:
-    from orchestrator.first_boot import GuardOrder
-    from orchestrator.providers.base import Provider
 
 HOW = {
     "laptop": "only commands typed here end it: with this laptop closed or offline NOBODY does",
@@ -26,6 +23,10 @@ HOW = {
     "on-machine": "a guard on the machine ends it: the account key lies there, and every process there can read it",
 }
 """The three guards that a cloud without scoped keys leaves, and what each means."""
+OF_CLOUDS = {"container": "a guard on the machine ends it, by a key that can end nothing else"}
+"""Guards that a cloud's machines have without anybody choosing."""
+ON_MACHINE = ("on-machine", "container")
+"""Those that run on the machine, and are read back from it."""
 
 _WORKFLOW = """\
 # .github/workflows/gpu-reaper.yml of a repository of yours that holds gpu, with the secret LAMBDA_API_KEY
@@ -81,7 +82,7 @@ def in_words(rental: Rental) -> str:
     record = rental.record
     if record.deadline is None:
         return "no deadline: nobody ends it but you"
-    how = HOW.get(record.guard, record.guard)
+    how = {**HOW, **OF_CLOUDS}.get(record.guard, record.guard)
     return f"to be given back at {moment(record.deadline)}; {how}{_seen(record.guard_seen)}"
 
 
@@ -96,10 +97,11 @@ def _seen(seen: dict[str, Any]) -> str:
     return f". Armed until {until}, by its own word at {moment(seen['at'])}{trouble}"
 
 
-def on_machine(rental: Rental, provider: Provider, marker: str) -> GuardOrder:
-    """What the guard on a machine is told, the account's key among it; ConfigError when there is no key."""
-    from orchestrator.first_boot import GuardOrder
+def order(rental: Rental, provider: Provider, marker: str) -> GuardOrder:
+    """What the guard on a machine is told: the account's key too, unless its cloud gives it one of its own.
 
+    ConfigError when there is no key.
+    """
     key = keys.find(rental.record.provider)
     if key is None:
         raise ConfigError(f"No account key of {rental.record.provider} is known. Nothing was rented.")
@@ -107,7 +109,7 @@ def on_machine(rental: Rental, provider: Provider, marker: str) -> GuardOrder:
     return GuardOrder(
         marker,
         provider.api_url,
-        key.value,
+        "" if rental.record.guard == "container" else key.value,
         written_at=clock.timestamp(),
         deadline=rental.record.deadline,
         idle_s=None if idle is None else idle * 60,

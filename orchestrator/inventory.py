@@ -93,7 +93,7 @@ def _refresh(rental: Rental) -> None:
             return
         if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
-        if rental.record.guard == "on-machine" and rental.record.state == "ready":
+        if rental.record.guard in guarding.ON_MACHINE and rental.record.state == "ready":
             with contextlib.suppress(NotReachable):  # not unguarded for that: what it said last stands
                 on_machine.read_back(rental)
 

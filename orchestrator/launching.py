@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
+from orchestrator import clock, enrolment, guarding, money, notices, offers, outcome, readiness, returning
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -20,7 +20,7 @@ from orchestrator.errors import (
     UsageError,
 )
 from orchestrator.providers import base
-from orchestrator.providers.base import MARKER_TAG, Offer, Order, Provider
+from orchestrator.providers.base import MARKER_TAG, HostKey, Offer, Order, Provider
 from orchestrator.rentals import ENDED, Rental
 
 _BAD_MACHINES_MAX = 4
@@ -195,8 +195,8 @@ def _order(rental: Rental, provider: Provider, marker: str) -> Order:
 def _first_boot(rental: Rental, provider: Provider, marker: str) -> str:
     """The host key made for the machine, and, where its user chose that, the guard with the account's key."""
     private, public = ((rental.folder / name).read_text(encoding="ascii") for name in ("host_key", "host_key.pub"))
-    guard = guarding.on_machine(rental, provider, marker) if rental.record.guard == "on-machine" else None
-    return first_boot.user_data(first_boot.HostKey(private, public), guard)
+    guard = guarding.order(rental, provider, marker) if rental.record.guard in guarding.ON_MACHINE else None
+    return provider.start_script(HostKey(private, public), guard)
 
 
 def _tag(value: float | None) -> str:

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from jobs import spec
-from orchestrator import clock, machines, rentals, transport
+from orchestrator import clock, guarding, machines, rentals, transport
 from orchestrator.delivery import prepared_agent
 from orchestrator.errors import BadAnswer, ConfigError, GpuError
 from orchestrator.home import Arrivals
@@ -65,7 +65,7 @@ def _guard_said(machine: Machine, answer: dict[str, Any]) -> dict[str, Any]:
 def tell_home(run: Run, machine: Machine, arrivals: Arrivals) -> None:
     """Tell a machine with a guard of its own what is home, so that it may end when idle; untold, it is kept."""
     rental = rentals.find(machine.name)
-    if rental is not None and rental.record.guard == "on-machine" and rental.record.state == "ready":
+    if rental is not None and rental.record.guard in guarding.ON_MACHINE and rental.record.state == "ready":
         with contextlib.suppress(GpuError):
             acknowledge(run, machine, arrivals)
 

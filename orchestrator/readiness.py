@@ -103,7 +103,7 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))
     up.rung("has disk space", "1 s", lambda: _has_space(up))
     up.rung("can be used", "2 s", lambda: _is_admitted(up))
-    if rental.record.guard == "on-machine":
+    if rental.record.guard in guarding.ON_MACHINE:
         up.rung("its guard is armed", "2 s", lambda: _guarded(up))
     rental.save(state="ready", ready_at=clock.now())
 

@@ -32,6 +32,12 @@ class Need:
     region: str | None = None
     disk_gb: float | None = None
     spot: bool = False
+    bid_usd_per_hour: float | None = None
+    """With `spot`: what is bid for the whole machine; None: a little more than the lowest bid that is taken."""
+    filters: dict[str, str] = field(default_factory=dict)
+    """What else a cloud can be asked for, in its own words; each overrides a default that protects."""
+    hours: float | None = None
+    """How long it will be needed, as far as that is known."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,10 @@ class Offer:
     disk_gb: float | None
     region: str | None
     price_usd_per_hour: float
-    """Of the whole machine."""
+    """Of the whole machine, its disk included; of a spot offer, with what is bid."""
     spot: bool = False
+    bid_usd_per_hour: float | None = None
+    """Of a spot offer: what is bid for it, its disk not included."""
     available: bool = True
     reliability: float | None = None
     machine_id: str | None = None
@@ -72,8 +80,48 @@ class Order:
     key_name: str
     """Of the account's public key that is let in, as `ensure_key` returned it."""
     start_script: str = field(repr=False)
-    """What the machine does at its first boot (cloud-init)."""
+    """What the machine does at its first boot, as `start_script` of its cloud made it."""
     tags: dict[str, str] = field(default_factory=dict)
+    """For a cloud that has tags."""
+    disk_gb: float | None = None
+    """For a cloud where it is chosen; None: what that cloud's offers were priced with."""
+
+
+@dataclass(frozen=True)
+class HostKey:
+    """A key pair made here for one machine, so that its first answer is already known to be its own."""
+
+    private: str = field(repr=False)
+    """As OpenSSH writes it."""
+    public: str
+    """Type and key; what follows is passed over."""
+
+
+@dataclass(frozen=True)
+class GuardOrder:
+    """What the guard on a machine is told: see worker/guard_settings.py and worker/watchdog.py, which read it."""
+
+    marker: str
+    api_url: str
+    key: str = field(repr=False)
+    """The account's, where the cloud has none with fewer rights; empty where the machine has one of its own."""
+    written_at: float
+    """Now, seconds since 1970."""
+    user: str = "ubuntu"
+    """Who owns the runs there; the guard gives up being root and becomes that user."""
+    deadline: float | None = None
+    """Seconds since 1970."""
+    deadline_max: float | None = None
+    idle_s: float | None = None
+    grace_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where SSH answers."""
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True)
@@ -86,13 +134,33 @@ class Instance:
     state: State
     raw_state: str
     user: str
-    host: str | None
-    port: int
+    endpoints: tuple[Endpoint, ...]
+    """Where SSH may answer, the best way first; empty: not known yet."""
     type_name: str
     region: str | None
     price_usd_per_hour: float | None
     key_names: tuple[str, ...] = ()
     tags: dict[str, str] = field(default_factory=dict)
+    message: str = ""
+    """What its provider says of it in words: how far its image is, what went wrong."""
+    failure: str = ""
+    """Why it will never be ready, when its provider says so."""
+    gpu: str | None = None
+    """What it has by its provider's word, as offers have it; None: not said."""
+    count: int | None = None
+    spot: bool | None = None
+    """Whether it may be taken away for a higher bid; None: not said."""
+    machine_id: str | None = None
+
+    @property
+    def host(self) -> str | None:
+        """Where SSH answers best."""
+        return self.endpoints[0].host if self.endpoints else None
+
+    @property
+    def port(self) -> int:
+        """Its port there."""
+        return self.endpoints[0].port if self.endpoints else 22
 
 
 def new_marker(at: str) -> str:
@@ -127,6 +195,14 @@ class Provider(Protocol):
     """Which key it is asked with: a name made of a digest, which does not give the key."""
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
+    active_s: ClassVar[tuple[float, float]]
+    """After how long one that is not active is given up, in seconds: with one GPU, and with several."""
+    guard: ClassVar[str | None]
+    """The guard that every machine of this cloud has; None: the one its user chose."""
+    takes_host_key: ClassVar[bool]
+    """Whether a machine is given the host key that was made for it; else `host_key` tells which it made itself."""
+    can_stop: ClassVar[bool]
+    """Whether a machine can be stopped, so that only its disk is billed, and started again."""
 
     def offers(self, need: Need) -> list[Offer]:
         """Every machine of the cloud that may fit, had or not; each is checked against the need by the caller."""
@@ -158,6 +234,34 @@ class Provider(Protocol):
 
     def terminate(self, instance_id: str) -> None:
         """Ask for the end of an instance; absent is success. Returns before it is gone."""
+        ...
+
+    def start_script(self, host_key: HostKey, guard: GuardOrder | None) -> str:
+        """What a machine is to do at its first boot: take the host key, where it can, and arm its guard."""
+        ...
+
+    def admit(self, instance_id: str, public_key: str) -> None:
+        """Have a public key let into an instance that is there; may be repeated."""
+        ...
+
+    def host_key(self, instance_id: str) -> str | None:
+        """The host key (type and key) that an instance has, by its provider's word; None: not known (yet)."""
+        ...
+
+    def stop(self, instance_id: str) -> None:
+        """Have an instance stopped, its disk kept and billed; absent is success. Refused where nothing can be."""
+        ...
+
+    def start(self, instance_id: str) -> None:
+        """Have a stopped instance started again; NoCapacity when its GPUs are in other hands. **Spends money.**"""
+        ...
+
+    def credit(self) -> float | None:
+        """What the account has left to spend, in USD; None: it is billed afterwards."""
+        ...
+
+    def check_key(self) -> None:
+        """One small read that needs the key. Raises AuthRejected when it is not accepted."""
         ...
 
     def storage(self) -> list[str]:

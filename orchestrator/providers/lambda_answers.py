@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.plain import plain
-from orchestrator.providers.base import Instance, Offer, State, marker_of
+from orchestrator.providers.base import Endpoint, Instance, Offer, State, marker_of
 from orchestrator.providers.client import Complaint
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
@@ -139,8 +139,7 @@ def instance(entry: Any, user: str, port: int) -> Instance | None:
         state=_state(raw, host),
         raw_state=raw,
         user=user,
-        host=host,
-        port=port,
+        endpoints=(Endpoint(host, port),) if host else (),
         type_name=_text(kind.get("name")),
         region=_text(_object(found.get("region")).get("name")) or None,
         price_usd_per_hour=_price_usd(kind.get("price_cents_per_hour")),

@@ -6,6 +6,7 @@ import os
 import re
 from typing import Any, ClassVar
 
+from orchestrator import first_boot
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -18,7 +19,7 @@ from orchestrator.errors import (
     Refused,
 )
 from orchestrator.providers import lambda_answers, pace
-from orchestrator.providers.base import MARKER_TAG, Instance, Need, Offer, Order
+from orchestrator.providers.base import MARKER_TAG, GuardOrder, HostKey, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
 
@@ -48,6 +49,10 @@ class LambdaCloud:
     name: ClassVar[str] = "lambda"
     dashboard: ClassVar[str] = "https://cloud.lambda.ai/instances"
     boot_minutes: ClassVar[tuple[float, float]] = (5.0, 15.0)
+    active_s: ClassVar[tuple[float, float]] = (1500.0, 3000.0)
+    guard: ClassVar[str | None] = None
+    takes_host_key: ClassVar[bool] = True
+    can_stop: ClassVar[bool] = False
 
     def __init__(self, key: str) -> None:
         self.api_url = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
@@ -151,6 +156,33 @@ class LambdaCloud:
         is_absent = reply.status == 404 and reply.code == lambda_answers.ABSENT[0]
         if reply.outcome != "ok" and not is_absent and reply.code != lambda_answers.UNKNOWN:
             raise self._terminate_error(reply, instance_id)
+
+    def start_script(self, host_key: HostKey, guard: GuardOrder | None) -> str:
+        """The text for cloud-init."""
+        return first_boot.user_data(host_key, guard)
+
+    def admit(self, instance_id: str, public_key: str) -> None:
+        """Nothing: the key named in the launch is let in."""
+
+    def host_key(self, instance_id: str) -> str | None:  # noqa: ARG002 -- nobody says; the machine was given one
+        """None: Lambda does not say."""
+        return None
+
+    def stop(self, instance_id: str) -> None:
+        """Refused: a machine that is powered off is billed as before."""
+        raise Refused(f"{TITLE} cannot stop instance {instance_id}: powered off, it costs as before. {_NOTHING}")
+
+    def start(self, instance_id: str) -> None:
+        """Refused: there is nothing that was stopped."""
+        raise Refused(f"{TITLE} cannot start instance {instance_id}: nothing there can be stopped. {_NOTHING}")
+
+    def credit(self) -> float | None:
+        """None: the account is billed afterwards."""
+        return None
+
+    def check_key(self) -> None:
+        """One small read that needs the key. Raises AuthRejected when it is not accepted."""
+        self._read("/ssh-keys", "list the account's public keys")
 
     def storage(self) -> list[str]:
         """File systems, which cost money by what lies in them, whether a machine uses them or not."""

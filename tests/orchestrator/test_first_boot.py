@@ -19,7 +19,7 @@ import yaml
 
 from orchestrator import first_boot
 from orchestrator.errors import ConfigError
-from orchestrator.first_boot import GuardOrder, HostKey
+from orchestrator.providers.base import GuardOrder, HostKey
 from tests.waiting import until
 from tests.worker import cloud as clouds
 from tests.worker.cloud import KEY, MARKER, Cloud
