@@ -157,7 +157,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     ("fault", "how", "said"),
     [
         ("boot-unhealthy", {}, "unhealthy"),
-        ("vanishes", {}, "does not list it"),
+        pytest.param("vanishes", {}, "does not list it", marks=pytest.mark.slow),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
         pytest.param("smi-wrong-count", {"detail": 2}, "2 GPUs", marks=pytest.mark.slow),
