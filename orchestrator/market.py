@@ -37,6 +37,13 @@ def accounts(name: str | None) -> list[Provider]:
     return found
 
 
+def clouds_of(rental: Rental) -> list[Provider]:
+    """The accounts that a machine may be rented in: those there were when it was asked for, and still are."""
+    names = rental.record.clouds or [rental.record.provider]
+    found = [account for name in names if (account := providers.open_if_any(name)) is not None]
+    return found or [providers.open(rental.record.provider)]
+
+
 def account_of(rental: Rental) -> Provider:
     """The account a machine was rented in. ConfigError when the key found here is surely, or maybe, another account's.
 

@@ -84,6 +84,8 @@ class Record:
     """Of its public key in the account."""
     account: str = ""
     """Which account key it was rented with, as a digest."""
+    clouds: list[str] = field(default_factory=list)
+    """Where it may be rented; empty: at `provider` alone, which else is where it was asked for last."""
     tried: list[dict[str, str]] = field(default_factory=list)
     """Offers that came to nothing: `offer`, `why`, and `place` where a machine was no good."""
     python: str | None = None

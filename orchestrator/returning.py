@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, market, outcome, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
@@ -136,16 +136,27 @@ def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
 
 def tidy(rental: Rental, provider: Provider) -> None:
     """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
-    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
-        if rental.record.key_name:
-            provider.remove_key(rental.record.key_name)
-            rental.save(key_name="")
+    _remove_key(rental, provider)
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
     for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
         journey.machine_is_gone(runs.find(name), rental.name)
+
+
+def remove_key(rental: Rental) -> None:
+    """Take the machine's public key out of the account it was last asked for in, before another one is asked."""
+    with contextlib.suppress(GpuError):
+        _remove_key(rental, market.account_of(rental))
+    rental.save(key_name="")
+
+
+def _remove_key(rental: Rental, provider: Provider) -> None:
+    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
+        if rental.record.key_name:
+            provider.remove_key(rental.record.key_name)
+            rental.save(key_name="")
 
 
 def receipt(rental: Rental) -> list[str]:

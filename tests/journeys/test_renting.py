@@ -246,7 +246,7 @@ def test_where_a_machine_was_no_good_no_other_is_rented(quick: Cloud) -> None:
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")
-    launched = gpu(*A10, waits={"readiness._KEY_PATIENCE_S": 0.5})
+    launched = gpu(*A10, waits={"admission._KEY_PATIENCE_S": 0.5})
     assert launched.returncode == 0, launched.stderr
     assert "first contact was NOT verified" in launched.stderr
     (instance,) = quick.core.ours()
