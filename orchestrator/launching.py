@@ -91,8 +91,20 @@ def _advance(rental: Rental, say: Say, *, wait_capacity: bool) -> None:
         outcome.settle(rental, provider, say)
     elif rental.record.state == "booting":
         climb(rental, provider, say)
+    elif rental.record.state == "stopped":
+        wake(rental, provider, say)
     elif rental.record.state == "stopping":
         returning.end(rental, provider, say)
+
+
+def wake(rental: Rental, provider: Provider, say: Say) -> None:
+    """Have a stopped machine started again, then up to ready as after a launch. **Spends money.**
+
+    Raises NoCapacity, turned into MayCost by who calls it, while others have its GPUs: its disk goes on costing.
+    """
+    say(f"{rental.name} was stopped; it is started again")
+    provider.start(rental.record.instance_id or "")
+    rental.save(state="booting", raw_state=None, guard_seen={})
 
 
 def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, Offer]:

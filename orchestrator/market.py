@@ -22,8 +22,17 @@ def need(how: dict[str, Any]) -> Need:
         max_price_usd_per_hour=how["max_price"],
         region=how["region"],
         disk_gb=how["disk"],
-        spot=how["spot"],
+        spot=how["spot"] or how["bid"] is not None,
+        bid_usd_per_hour=how["bid"],
+        filters=how["filters"],
+        hours=_hours(how),
     )
+
+
+def _hours(how: dict[str, Any]) -> float | None:
+    """How long a machine is needed, as far as what was typed says so."""
+    hours: float | None = how.get("max_hours")
+    return hours
 
 
 def accounts(name: str | None) -> list[Provider]:

@@ -50,9 +50,9 @@ class Terms:
 
 @dataclass
 class Record:
-    """What rental.json says. `state`: planned, launching, booting, ready, stopping, or an ended one.
+    """What rental.json says. `state`: planned, launching, booting, ready, stopped, stopping, or an ended one.
 
-    `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
+    `stopped`: its disk is kept and billed, and nothing runs. `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Rental:
     @property
     def may_cost(self) -> bool:
         """Whether something of it may cost money now."""
-        return self.record.state in ("launching", "booting", "ready", "stopping")
+        return self.record.state in ("launching", "booting", "ready", "stopped", "stopping")
 
     def offer(self) -> Offer:
         """What the newest request was for."""

@@ -37,8 +37,20 @@ def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = F
     if rental.record.state in ENDED:
         return
     if not discard:
+        _refuse_stopped(rental)
         _bring_home(rental)
     end(rental, provider, say)
+
+
+def _refuse_stopped(rental: Rental) -> None:
+    """Raise UsageError when a stopped machine has rows that are not home: nobody can read them before it is started."""
+    if rental.record.state == "stopped" and (left := inventory.not_home(rental.name)):
+        raise UsageError(
+            f"{rental.name} is stopped, and has rows of {', '.join(left)} that are not home. It was not given back, "
+            "and its disk goes on costing money.",
+            f"Start it again, then give it back: gpu wait {rental.name}. To give up what is there: gpu terminate "
+            f"{rental.name} --discard",
+        )
 
 
 def _bring_home(rental: Rental) -> None:
