@@ -93,12 +93,8 @@ def _refresh(rental: Rental) -> None:
             return
         if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
-        if (
-            found is not None
-            and found.state == "stopped"
-            and rental.record.state == "ready"
-            and not rental.offer().spot
-        ):
+        is_stopped = found is not None and found.state == "stopped" and not rental.offer().spot
+        if is_stopped and rental.record.state == "ready":
             rental.save(state="stopped")
         if rental.record.guard in guarding.ON_MACHINE and rental.record.state == "ready":
             with contextlib.suppress(NotReachable):  # not unguarded for that: what it said last stands

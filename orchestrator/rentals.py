@@ -52,7 +52,8 @@ class Terms:
 class Record:
     """What rental.json says. `state`: planned, launching, booting, ready, stopped, stopping, or an ended one.
 
-    `stopped`: its disk is kept and billed, and nothing runs. `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
+    `stopped`: its disk is kept and billed, and nothing runs. `launching` from before the paid request until its outcome
+    is known: an instance with the marker may exist.
     """
 
     name: str

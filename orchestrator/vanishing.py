@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator import clock, market, rentals, returning
 from orchestrator.errors import GpuError
+from orchestrator.providers.base import Provider
 from orchestrator.rentals import ENDED, Rental
 
 _TWICE_S = 5.0
