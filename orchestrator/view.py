@@ -102,7 +102,7 @@ class View(Protocol):
 
 
 def spoken(frame: dict[str, Any], data: bytes = b"") -> str:
-    """What a frame tells a person beside its data: a step under way, a machine that went silent, a mirror in trouble."""
+    """What a frame tells a person beside its data: a step under way, a silent machine, a mirror in trouble."""
     if "say" in frame:
         return plain(str(frame["say"]))
     if "unreachable" in frame:
