@@ -63,10 +63,11 @@ def in_words(asked: Wish, offer: Offer) -> list[str]:
     hours = asked.caps.hours(offer.price_usd_per_hour)
     limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
     idle = asked.caps.idle_minutes
-    idle_words = "never for being idle" if idle is None else f"after {idle:g} idle minutes, once its rows are home"
+    idle_words = "not ended when idle" if idle is None else f"ended after {idle:g} idle minutes, once its rows are home"
+    hard = "No deadline ends it." if hours is None else "At the hard deadline it is ended with whatever is on it."
     return [
-        f"Rent {offers.in_words(offer)}: {limit}; given back {idle_words}.",
-        f"At the hard deadline it is ended with whatever is on it. Guard: {guarding.HOW[guarding.chosen()]}."
+        f"Rent {offers.in_words(offer)}: {limit}; {idle_words}.",
+        f"{hard} Guard: {guarding.HOW[guarding.chosen()]}."
         + ("" if guarding.is_chosen() else " Choose another: gpu guard setup"),
     ]
 
