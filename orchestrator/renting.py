@@ -63,13 +63,13 @@ def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     hours = asked.caps.hours(offer.price_usd_per_hour)
     limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
     idle = asked.caps.idle_minutes
-    idle_words = "never for being idle" if idle is None else f"after {idle:g} idle minutes, once its rows are home"
+    idle_words = "not ended when idle" if idle is None else f"ended after {idle:g} idle minutes, once its rows are home"
+    hard = "No deadline ends it." if hours is None else "At the hard deadline it is ended with whatever is on it."
     guard = guarding.explained(account.guard or guarding.chosen())
     is_open = account.guard is None and not guarding.is_chosen()
     return [
-        f"Rent {offers.in_words(offer)}: {limit}; given back {idle_words}.",
-        f"At the hard deadline it is ended with whatever is on it. Guard: {guard}."
-        + (" Choose another: gpu guard setup" if is_open else ""),
+        f"Rent {offers.in_words(offer)}: {limit}; {idle_words}.",
+        f"{hard} Guard: {guard}." + (" Choose another: gpu guard setup" if is_open else ""),
     ]
 
 
