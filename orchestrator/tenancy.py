@@ -164,29 +164,45 @@ def tell_end(run: Run) -> None:
         notices.tell(event, run_id=run.run_id, machine=run.record.machine, **facts)
 
 
-def after(run: Run, say: Say) -> None:
+def after(run: Run, say: Say, failure: GpuError | None = None) -> None:
     """Give the run's machine back, if that was asked for and the run has ended; after a failure once its time is over.
 
-    Raises MayCost while it may still cost money.
+    `failure`: what the command ended with; a run that it kept from beginning has ended, too. Raises MayCost while the
+    machine may still cost money.
     """
     rental = rentals.find(run.record.machine)
-    if rental is None or not run.record.terminate or rental.record.state in ENDED:
+    if rental is None or not run.record.terminate or rental.record.state in ENDED or isinstance(failure, MayCost):
         return
-    if run.record.state not in ENDED_RUNS:
+    if run.record.state not in ENDED_RUNS and (failure is None or run.record.state == "running"):
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
-    if minutes:
-        _keep(rental, minutes, say)
-    if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
-        say(f"{rental.name} is kept: {', '.join(others)} is there too.")
-        return
     try:
+        if minutes:
+            _keep(rental, minutes, say)
+        if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
+            say(f"{rental.name} is kept: {', '.join(others)} is there too.")
+            return
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
+        rental.reload()
+        if not rental.may_cost:
+            raise
         raise MayCost(error.message, error.hint) from None
     for line in returning.receipt(rental):
         say(line)
+
+
+def left(run: Run) -> str:
+    """What the run's machine goes on costing, and how that is ended; empty when it costs nothing."""
+    rental = rentals.find(run.record.machine)
+    if rental is None or not rental.may_cost:
+        return ""
+    price, until = rental.price_usd_per_hour or 0.0, guarding.moment(rental.record.deadline)
+    words = f"{rental.name} GOES ON COSTING {price:.2f} USD/h, {f'until {until} at most' if until else 'without end'}."
+    if run.record.terminate and run.record.state not in ENDED_RUNS:
+        words += f" It is given back once the run has ended: gpu resume {run.run_id}, gpu advance --all."
+    return f"{words} Give it back: gpu terminate {rental.name}"
 
 
 def _keep(rental: Rental, minutes: float, say: Say) -> None:
