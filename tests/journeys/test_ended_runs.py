@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import runs
+from orchestrator import rentals, runs
 from tests.cloud import Cloud, Timings
-from tests.journeys.hurried import gpu
+from tests.journeys.hurried import begun, gpu
+from tests.waiting import until
 
 A10 = ("--gpu", "A10", "-y", "--environment", "none")
 UNUSABLE = ("--environment", "train", "--python", "/usr/bin/python3")
@@ -59,3 +60,21 @@ def test_a_machine_that_is_left_is_said_to_cost(quick: Cloud) -> None:
         assert "gpu terminate" in said
     assert len(billing(quick)) == 2
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+def test_ctrl_c_says_what_goes_on_costing(quick: Cloud) -> None:
+    """Interrupted while a run is followed, and while a machine is given back: the price, and how to end it, are said."""
+    command = begun("run", *A10, "--terminate", *lines(400))
+    until(lambda: any(run.record.state == "running" for run in runs.remembered()), 60)
+    command.send_signal(2)
+    _, left = command.communicate(timeout=60)
+    (name,) = [rental.name for rental in rentals.known()]
+    quick.fault("terminate-slow", seconds=600.0)
+    ending = begun("terminate", name, "-y", "--discard")
+    until(lambda: rentals.choose(name).record.state == "stopping")
+    ending.send_signal(2)
+    _, interrupted = ending.communicate(timeout=60)
+    assert (command.returncode, ending.returncode) == (130, 130)
+    for said in (left, interrupted):
+        assert PRICE in said
+        assert f"gpu terminate {name}" in said
