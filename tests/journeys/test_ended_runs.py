@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchestrator import rentals, runs
+from orchestrator import clock, keys, rentals, runs
 from tests.cloud import Cloud, Timings
 from tests.journeys.hurried import begun, gpu
 from tests.waiting import until
@@ -63,7 +64,7 @@ def test_a_machine_that_is_left_is_said_to_cost(quick: Cloud) -> None:
 
 
 def test_ctrl_c_says_what_goes_on_costing(quick: Cloud) -> None:
-    """Interrupted while a run is followed, and while a machine is given back: the price, and how to end it, are said."""
+    """Interrupted while a run is followed, or a machine given back: the price, and how to end it, are said."""
     command = begun("run", *A10, "--terminate", *lines(400))
     until(lambda: any(run.record.state == "running" for run in runs.remembered()), 60)
     command.send_signal(2)
@@ -78,3 +79,61 @@ def test_ctrl_c_says_what_goes_on_costing(quick: Cloud) -> None:
     for said in (left, interrupted):
         assert PRICE in said
         assert f"gpu terminate {name}" in said
+
+
+def test_cron_gives_back_what_a_detached_run_had(quick: Cloud, tmp_path: Path) -> None:
+    """A run that nobody follows is told of once it has ended, and --terminate holds by `gpu advance --all`, once."""
+    script = tmp_path / "listen.sh"
+    script.write_text(f'#!/bin/sh\ncat >> "{tmp_path}/told.jsonl"\n')
+    script.chmod(0o700)
+    keys.user_config().write_text(json.dumps({"notify": str(script)}))
+    begins = gpu("run", *A10, "--terminate", "--detach", *lines(5))
+    assert begins.returncode == 0, begins.stderr
+    assert PRICE in begins.stderr
+    until(lambda: gpu("advance", "--all").returncode == 0 and newest().record.state == "sealed")
+    assert billing(quick) == []
+    told = [json.loads(line)["event"] for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert told == ["run_done"]
+    assert gpu("launch", newest().record.machine, "--gpu", "A10", "-y", "--no-wait").returncode == 0
+    assert gpu("advance", "--all").returncode == 0
+    assert len(billing(quick)) == 1, "another machine of the same name is not the run's"
+
+
+FAILS_FIRST = ("--", "sh", "-c", "[ -e again ] || { touch again; exit 3; }; sleep 1")
+
+
+def test_a_machine_kept_after_a_failure_is_left_alone(quick: Cloud) -> None:
+    """Kept for somebody to look, it is not idle; its deadline stays; a run taken up there again has all its time."""
+    words = ("--terminate", "--keep-on-failure", "60", "--idle-minutes", "0.001", "--max-hours", "5")
+    keeps = begun("run", *A10, *words, *FAILS_FIRST)
+    until(lambda: rentals.known() and rentals.known()[0].record.kept_until is not None, 60)
+    (rental,) = rentals.known()
+    deadline = rental.record.deadline
+    assert deadline is not None
+    assert deadline > clock.timestamp() + 4 * 3600
+    with rental.locked():
+        rental.save(ready_at="2026-01-01T00:00:00.000Z")
+    for words in (("audit",), ("advance", "--all")):
+        assert gpu(*words).returncode == 0
+    assert len(billing(quick)) == 1
+    done = gpu("resume")
+    assert done.returncode == 0, done.stderr
+    keeps.communicate(timeout=60)
+    assert keeps.returncode == 10
+    assert newest().record.state == "sealed"
+    assert billing(quick) == []
+
+
+def test_a_machine_is_kept_no_longer_than_was_asked(quick: Cloud) -> None:
+    """Should the command that keeps it die, any other one gives it back when its time is over."""
+    keeps = begun("run", *A10, "--terminate", "--keep-on-failure", "60", "--", "false")
+    until(lambda: rentals.known() and rentals.known()[0].record.kept_until is not None, 60)
+    keeps.kill()
+    keeps.communicate()
+    (rental,) = rentals.known()
+    with rental.locked():
+        rental.save(kept_until=clock.timestamp() - 1)
+    ended = gpu("audit")
+    assert ended.returncode == 0, ended.stderr
+    assert "was kept until" in ended.stderr
+    assert billing(quick) == []
