@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from jobs import locks
 from orchestrator import clock, guarding, inventory, journey, ledger, market, notices, rentals, renting, returning
 from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NoCapacity, NotReachable
 from orchestrator.providers.base import Need, Provider
@@ -18,6 +20,7 @@ from orchestrator.runs import Run
 _MACHINES_MAX = 4
 """How many machines one command rents for a run, one after the other, before it gives up."""
 _NAME_MAX = 56
+_LOOK_S = 5.0
 _MOST = 0.8
 """Of its time, or budget: then it is said."""
 Say = Callable[[str], None]
@@ -94,6 +97,7 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
             begin(run, run.record.machine)
         if run.record.state not in ENDED_RUNS:
             renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
+            _take_up(run.record.machine)
         try:
             go()
         except MachineGone as error:
@@ -175,36 +179,78 @@ def tell_end(run: Run) -> None:
         notices.tell(event, run_id=run.run_id, machine=run.record.machine, **facts)
 
 
-def after(run: Run, say: Say) -> None:
+def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = True) -> None:
     """Give the run's machine back, if that was asked for and the run has ended; after a failure once its time is over.
 
-    Raises MayCost while it may still cost money.
+    `failure`: what the command ended with; a run that it kept from beginning has ended, too. Raises MayCost while the
+    machine may still cost money.
     """
     rental = rentals.find(run.record.machine)
-    if rental is None or not run.record.terminate or rental.record.state in ENDED:
+    if rental is None or not run.record.terminate or rental.record.state in ENDED or isinstance(failure, MayCost):
         return
-    if run.record.state not in ENDED_RUNS:
+    if run.record.state not in ENDED_RUNS and (failure is None or run.record.state == "running"):
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
-    if minutes:
-        _keep(rental, minutes, say)
-    if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
-        say(f"{rental.name} is kept: {', '.join(others)} is there too.")
-        return
     try:
+        if minutes and _is_kept(rental, minutes, say, waits=waits):
+            return
+        if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
+            say(f"{rental.name} is kept: {', '.join(others)} is there too.")
+            return
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
+        rental.reload()
+        if not rental.may_cost:
+            raise
         raise MayCost(error.message, error.hint) from None
     for line in returning.receipt(rental):
         say(line)
 
 
-def _keep(rental: Rental, minutes: float, say: Say) -> None:
-    """Wait before a machine is given back, so that somebody can look; the deadline holds if this process dies."""
-    until = clock.timestamp() + minutes * 60
-    with rental.locked():
-        rental.save(deadline=min(until, rental.record.deadline or until))
-    say(f"{rental.name} is kept until {guarding.moment(rental.record.deadline)}: gpu ssh {rental.name}")
-    while (left := (rental.record.deadline or until) - clock.timestamp()) > 0:
-        clock.sleep(min(left, 5.0))
+def left(run: Run) -> str:
+    """What the run's machine goes on costing, and how that is ended; empty when it costs nothing."""
+    rental = rentals.find(run.record.machine)
+    if rental is None or not rental.may_cost:
+        return ""
+    price, until = rental.price_usd_per_hour or 0.0, guarding.moment(rental.record.deadline)
+    words = f"{rental.name} GOES ON COSTING {price:.2f} USD/h, {f'until {until} at most' if until else 'without end'}."
+    if run.record.terminate and run.record.state not in ENDED_RUNS:
+        words += f" It is given back once the run has ended: gpu resume {run.run_id}, gpu advance --all."
+    return f"{words} Give it back: gpu terminate {rental.name}"
+
+
+def _is_kept(rental: Rental, minutes: float, say: Say, *, waits: bool) -> bool:
+    """Whether a machine is still left alone after a failure, so that somebody can look; `waits`: until that is over.
+
+    It is over before its time at the hard deadline, and when a run is taken up there again.
+    """
+    if rental.record.kept_until is None:
+        with rental.locked():
+            rental.save(kept_until=clock.timestamp() + minutes * 60)
+        ends_at = min(rental.record.kept_until or 0.0, rental.record.deadline or math.inf)
+        say(f"{rental.name} is kept until {guarding.moment(ends_at)}: gpu ssh {rental.name}")
+    until = rental.record.kept_until or 0.0
+    while rental.record.kept_until == until and clock.timestamp() < until and not guarding.is_past(rental):
+        if not waits:
+            return True
+        clock.sleep(min(until - clock.timestamp(), _LOOK_S))
+        rental.reload()
+    return rental.record.kept_until != until
+
+
+def _take_up(name: str) -> None:
+    """Keep a machine for its failed run no longer: a run goes on there."""
+    rental = rentals.find(name)
+    if rental is not None and rental.record.kept_until is not None:
+        with rental.locked():
+            rental.save(kept_until=None)
+
+
+def end_in_turn(run: Run, say: Say) -> None:
+    """What `after` does, without waiting: for cron. Nothing for a machine that has only the name of the run's."""
+    rental, finished_at = rentals.find(run.record.machine), run.record.finished_at
+    if rental is None or finished_at is None or locks.is_held(rental.folder / "rental.lock"):
+        return
+    if clock.parse(rental.record.made_at) <= clock.parse(finished_at):
+        after(run, say, waits=False)
