@@ -82,8 +82,12 @@ def in_words(rental: Rental) -> str:
     record = rental.record
     if record.deadline is None:
         return "no deadline: nobody ends it but you"
-    how = {**HOW, **OF_CLOUDS}.get(record.guard, record.guard)
-    return f"to be given back at {moment(record.deadline)}; {how}{_seen(record.guard_seen)}"
+    return f"to be given back at {moment(record.deadline)}; {explained(record.guard)}{_seen(record.guard_seen)}"
+
+
+def explained(how: str) -> str:
+    """What a guard means, in plain words."""
+    return {**HOW, **OF_CLOUDS}.get(how, how)
 
 
 def _seen(seen: dict[str, Any]) -> str:

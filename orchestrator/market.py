@@ -22,8 +22,17 @@ def need(how: dict[str, Any]) -> Need:
         max_price_usd_per_hour=how["max_price"],
         region=how["region"],
         disk_gb=how["disk"],
-        spot=how["spot"],
+        spot=how["spot"] or how["bid"] is not None,
+        bid_usd_per_hour=how["bid"],
+        filters=how["filters"],
+        hours=_hours(how),
     )
+
+
+def _hours(how: dict[str, Any]) -> float | None:
+    """How long a machine is needed, as far as what was typed says so."""
+    hours: float | None = how.get("max_hours")
+    return hours
 
 
 def accounts(name: str | None) -> list[Provider]:
@@ -35,6 +44,13 @@ def accounts(name: str | None) -> list[Provider]:
         names = providers.names()
         providers.open(names[0])  # says which key is missing, and where to get one
     return found
+
+
+def clouds_of(rental: Rental) -> list[Provider]:
+    """The accounts that a machine may be rented in: those there were when it was asked for, and still are."""
+    names = rental.record.clouds or [rental.record.provider]
+    found = [account for name in names if (account := providers.open_if_any(name)) is not None]
+    return found or [providers.open(rental.record.provider)]
 
 
 def account_of(rental: Rental) -> Provider:

@@ -50,9 +50,10 @@ class Terms:
 
 @dataclass
 class Record:
-    """What rental.json says. `state`: planned, launching, booting, ready, stopping, or an ended one.
+    """What rental.json says. `state`: planned, launching, booting, ready, stopped, stopping, or an ended one.
 
-    `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
+    `stopped`: its disk is kept and billed, and nothing runs. `launching` from before the paid request until its outcome
+    is known: an instance with the marker may exist.
     """
 
     name: str
@@ -84,6 +85,8 @@ class Record:
     """Of its public key in the account."""
     account: str = ""
     """Which account key it was rented with, as a digest."""
+    clouds: list[str] = field(default_factory=list)
+    """Where it may be rented; empty: at `provider` alone, which else is where it was asked for last."""
     tried: list[dict[str, str]] = field(default_factory=list)
     """Offers that came to nothing: `offer`, `why`, and `place` where a machine was no good."""
     python: str | None = None
@@ -132,7 +135,7 @@ class Rental:
     @property
     def may_cost(self) -> bool:
         """Whether something of it may cost money now."""
-        return self.record.state in ("launching", "booting", "ready", "stopping")
+        return self.record.state in ("launching", "booting", "ready", "stopped", "stopping")
 
     def offer(self) -> Offer:
         """What the newest request was for."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, market, outcome, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
@@ -37,8 +37,20 @@ def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = F
     if rental.record.state in ENDED:
         return
     if not discard:
+        _refuse_stopped(rental)
         _bring_home(rental)
     end(rental, provider, say)
+
+
+def _refuse_stopped(rental: Rental) -> None:
+    """Raise UsageError when a stopped machine has rows that are not home: nobody can read them before it is started."""
+    if rental.record.state == "stopped" and (left := inventory.not_home(rental.name)):
+        raise UsageError(
+            f"{rental.name} is stopped, and has rows of {', '.join(left)} that are not home. It was not given back, "
+            "and its disk goes on costing money.",
+            f"Start it again, then give it back: gpu wait {rental.name}. To give up what is there: gpu terminate "
+            f"{rental.name} --discard",
+        )
 
 
 def _bring_home(rental: Rental) -> None:
@@ -136,16 +148,27 @@ def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
 
 def tidy(rental: Rental, provider: Provider) -> None:
     """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
-    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
-        if rental.record.key_name:
-            provider.remove_key(rental.record.key_name)
-            rental.save(key_name="")
+    _remove_key(rental, provider)
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
     for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
         journey.machine_is_gone(runs.find(name), rental.name)
+
+
+def remove_key(rental: Rental) -> None:
+    """Take the machine's public key out of the account it was last asked for in, before another one is asked."""
+    with contextlib.suppress(GpuError):
+        _remove_key(rental, market.account_of(rental))
+    rental.save(key_name="")
+
+
+def _remove_key(rental: Rental, provider: Provider) -> None:
+    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
+        if rental.record.key_name:
+            provider.remove_key(rental.record.key_name)
+            rental.save(key_name="")
 
 
 def receipt(rental: Rental) -> list[str]:

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from orchestrator import clock, guarding, inventory, journey, ledger, market, notices, rentals, renting, returning
-from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NotReachable
-from orchestrator.providers.base import Need
+from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NoCapacity, NotReachable
+from orchestrator.providers.base import Need, Provider
 from orchestrator.rentals import ENDED, Caps, Rental
 from orchestrator.renting import Wish
 from orchestrator.runs import ENDED as ENDED_RUNS
@@ -57,9 +57,20 @@ def begin(run: Run, name: str) -> bool:
     rental = rentals.find(name)
     is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
     if is_new or (rental is not None and rental.record.state == "refused"):
-        account, _ = renting.plan(wish)
+        wish, account = _planned(wish, is_new=not run.record.legs)
         renting.rent(name, wish, account)
     return True
+
+
+def _planned(wish: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
+    """A wish that some offer fits, and whose it is: a run that was outbid takes a machine at a fixed price, too."""
+    try:
+        return wish, renting.plan(wish)[0]
+    except NoCapacity:
+        if is_new or not wish.need.spot:
+            raise
+        fixed = replace(wish, need=replace(wish.need, spot=False, bid_usd_per_hour=None))
+        return fixed, renting.plan(fixed)[0]
 
 
 def _left(run: Run) -> Wish | None:

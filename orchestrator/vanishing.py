@@ -1,9 +1,10 @@
-"""Rented machines that vanish: gone by their provider's own word, twice, or unhealthy for too long, and ended."""
+"""Rented machines that vanish: gone by their provider's word, twice, outbid, or unhealthy for too long, and ended."""
 
 from __future__ import annotations
 
 from orchestrator import clock, market, rentals, returning
 from orchestrator.errors import GpuError
+from orchestrator.providers.base import Provider
 from orchestrator.rentals import ENDED, Rental
 
 _TWICE_S = 5.0
@@ -38,11 +39,26 @@ def _is_gone(rental: Rental) -> bool:
             returning.end(rental, provider, lambda _: None)
             rental.save(state="lost", failure="its provider called it unhealthy, and it did not answer")
             return True
+        if found is not None and found.state == "stopped":
+            return _is_lost_by_stop(rental, provider)
         if found is not None and found.state != "gone":
             return False
         clock.sleep(_TWICE_S)
     rental.is_gone("lost", "its provider says that it is no more")
     returning.tidy(rental, provider)
+    return True
+
+
+def _is_lost_by_stop(rental: Rental, provider: Provider) -> bool:
+    """Whether a machine that its provider calls stopped is lost: a spot machine was outbid, and would wake by itself.
+
+    Any other one was stopped by its guard, with rows that are not home; it can be started again.
+    """
+    if not rental.offer().spot:
+        rental.save(state="stopped", raw_state="stopped")
+        return False
+    returning.end(rental, provider, lambda _: None)
+    rental.save(state="lost", failure="somebody bid more, and it was stopped; it was given back")
     return True
 
 

@@ -44,7 +44,7 @@ def launch(name: str | None, **how: Any) -> None:
     enforced(say)
     asked = renting.wish(how)
     account, offer = renting.plan(asked)
-    for line in renting.in_words(asked, offer):
+    for line in renting.in_words(asked, account, offer):
         say(line)
     if how["dry_run"]:
         if how["as_json"]:

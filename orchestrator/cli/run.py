@@ -117,9 +117,9 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     _say_findings(looked, say, how)
     wish = renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
-    _, offer = renting.plan(wish)
+    account, offer = renting.plan(wish)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
-    for line in renting.in_words(wish, offer):
+    for line in renting.in_words(wish, account, offer):
         say(line)
     if how["dry_run"]:
         return asked

@@ -35,6 +35,14 @@ def _positive(_ctx: click.Context, _param: click.Parameter, value: float | None)
     return value
 
 
+def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    for name, separator, text in pairs:
+        if not separator or not name:
+            raise click.BadParameter(f"{name + separator + text!r} is not of the form NAME=VALUE")
+    return {name: text for name, _, text in pairs}
+
+
 _NEED = [
     click.option("--gpu", metavar="NAME", help="Which GPU, such as A100, H100 SXM or `A100 80GB`."),
     click.option("--type", "type_name", metavar="TYPE", help="The provider's name of a kind of machine."),
@@ -45,6 +53,15 @@ _NEED = [
     click.option("--region", help="Where, as the provider calls it."),
     click.option("--disk", type=float, callback=_positive, metavar="GB", help="Disk, at least."),
     click.option("--spot", is_flag=True, help="One that may be taken away for a higher bid."),
+    click.option("--bid", type=float, callback=_positive, metavar="USD", help="With --spot: what is bid per hour."),
+    click.option(
+        "--filter",
+        "filters",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_pairs,
+        help="What a cloud is asked for besides, such as reliability=0.9; overrides a default that protects.",
+    ),
 ]
 _CAPS = [
     click.option(

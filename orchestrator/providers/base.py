@@ -65,6 +65,8 @@ class Offer:
     reliability: float | None = None
     machine_id: str | None = None
     architecture: str = "x86_64"
+    stopped_usd_per_hour: float | None = None
+    """What it costs while it is stopped: its disk. None: it cannot be stopped, or nobody says."""
 
     def place(self) -> str:
         """Where it stands, as far as that is known: what is no good there is not looked for there again."""
@@ -153,6 +155,8 @@ class Instance:
     spot: bool | None = None
     """Whether it may be taken away for a higher bid; None: not said."""
     machine_id: str | None = None
+    stopped_usd_per_hour: float | None = None
+    """What it costs while it is stopped; None: not said."""
 
     @property
     def host(self) -> str | None:

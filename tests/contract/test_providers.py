@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from orchestrator import providers
+from orchestrator import guarding, providers
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
@@ -84,22 +84,28 @@ ASKING: dict[str, Callable[[Rented], object]] = {
     "instances": lambda it: it.account.instances(),
     "terminate": lambda it: it.account.terminate(it.cloud.core.ours()[0].instance_id),
     "storage": lambda it: it.account.storage(),
+    "check_key": lambda it: it.account.check_key(),
 }
-"""Every method but launch, each asked of an account that has one machine."""
+"""Every method that asks every cloud, but for launch, each asked of an account that has one machine."""
+OF_SOME = {"start_script", "admit", "host_key", "stop", "start", "credit"}
+"""Methods for which some clouds need not be asked."""
 
 
 def test_every_cloud_is_held_to_this() -> None:
     """The suite runs over each cloud of the table, and asks each method of the interface."""
     assert set(CLOUDS) == set(providers.PROVIDERS)
     methods = {name for name, value in vars(Provider).items() if callable(value) and not name.startswith("_")}
-    assert methods - {"launch"} == set(ASKING)
+    assert methods - {"launch"} - OF_SOME == set(ASKING)
 
 
 def test_it_says_who_it_is(rented: Rented) -> None:
     """A name as in the table, a page for people, an address that a guard may ask, and how long a boot takes."""
     account = rented.account
     assert providers.PROVIDERS[account.name]
+    assert account.dashboard == providers.PROVIDERS[account.name].dashboard
     assert account.dashboard.startswith("https://")
+    assert all(60 < seconds < 7200 for seconds in account.active_s)
+    assert account.guard in (None, *guarding.OF_CLOUDS)
     assert account.api_url.startswith(rented.cloud.url)
     assert all(0 < minutes < 120 for minutes in account.boot_minutes)
     assert rented.cloud.key not in repr(account) + repr(vars(account))

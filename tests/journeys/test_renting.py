@@ -157,7 +157,7 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     ("fault", "how", "said"),
     [
         ("boot-unhealthy", {}, "unhealthy"),
-        ("vanishes", {}, "does not list it"),
+        pytest.param("vanishes", {}, "does not list it", marks=pytest.mark.slow),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
         pytest.param("smi-wrong-count", {"detail": 2}, "2 GPUs", marks=pytest.mark.slow),
@@ -246,7 +246,7 @@ def test_where_a_machine_was_no_good_no_other_is_rented(quick: Cloud) -> None:
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")
-    launched = gpu(*A10, waits={"readiness._KEY_PATIENCE_S": 0.5})
+    launched = gpu(*A10, waits={"admission._KEY_PATIENCE_S": 0.5})
     assert launched.returncode == 0, launched.stderr
     assert "first contact was NOT verified" in launched.stderr
     (instance,) = quick.core.ours()
