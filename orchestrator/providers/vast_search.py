@@ -124,6 +124,7 @@ class Search:
             reliability=number(entry, "reliability", "reliability2"),
             machine_id=machine_id,
             architecture=_ARCHITECTURES.get(text(entry.get("cpu_arch")), "x86_64"),
+            stopped_usd_per_hour=self._disk_usd(entry),
         )
 
     def _bid(self, entry: dict[str, Any]) -> float | None:
@@ -135,14 +136,18 @@ class Search:
 
     def _price(self, entry: dict[str, Any], bid: float | None) -> float | None:
         """USD an hour for all of it, its disk included; None when it is not known. Of two answers, the higher."""
-        per_gb, base, total = number(entry, "storage_cost"), number(entry, "dph_base"), number(entry, "dph_total")
-        disk = number(entry, "storage_total_cost")
-        if per_gb is not None:
-            disk = per_gb * self.wishes.disk_gb / _HOURS_A_MONTH
+        base, total, disk = number(entry, "dph_base"), number(entry, "dph_total"), self._disk_usd(entry)
         if self.need.spot:
             return None if bid is None or disk is None else round(bid + disk, 6)
         made = base + disk if base is not None and disk is not None else 0.0
         return round(max(total or 0.0, made), 6) or None
+
+    def _disk_usd(self, entry: dict[str, Any]) -> float | None:
+        """USD an hour for the disk asked for; None when that is not told."""
+        per_gb = number(entry, "storage_cost")
+        if per_gb is None:
+            return number(entry, "storage_total_cost")
+        return round(per_gb * self.wishes.disk_gb / _HOURS_A_MONTH, 6)
 
 
 def search(need: Need) -> Search | None:
