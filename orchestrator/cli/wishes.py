@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_PROVIDERS = ("lambda",)
+from orchestrator import providers
 
 
 class Limit(click.ParamType[float | None]):
@@ -49,7 +49,7 @@ _NEED = [
     click.option("--count", type=click.IntRange(min=0), help="How many GPUs it has; to rent, 1 unless said."),
     click.option("--min-vram", type=float, callback=_positive, metavar="GB", help="Memory of each GPU, at least."),
     click.option("--max-price", type=float, callback=_positive, metavar="USD", help="USD per hour, of all of it."),
-    click.option("--provider", type=click.Choice(_PROVIDERS), help="Which cloud; else all you have a key for."),
+    click.option("--provider", type=click.Choice(providers.names()), help="Which cloud; else all you have a key for."),
     click.option("--region", help="Where, as the provider calls it."),
     click.option("--disk", type=float, callback=_positive, metavar="GB", help="Disk, at least."),
     click.option("--spot", is_flag=True, help="One that may be taken away for a higher bid."),

@@ -37,8 +37,15 @@ def _lambda() -> Callable[[str], Provider]:
     return LambdaCloud
 
 
+def _vast() -> Callable[[str], Provider]:
+    from orchestrator.providers.vast import VastCloud
+
+    return VastCloud
+
+
 PROVIDERS: dict[str, Cloud] = {
     "lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda, "https://cloud.lambda.ai/instances"),
+    "vast": Cloud("Vast.ai", "https://cloud.vast.ai/manage-keys/", _vast, "https://cloud.vast.ai/instances/"),
 }
 
 

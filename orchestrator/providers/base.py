@@ -86,7 +86,9 @@ class Order:
     tags: dict[str, str] = field(default_factory=dict)
     """For a cloud that has tags."""
     disk_gb: float | None = None
-    """For a cloud where it is chosen; None: what that cloud's offers were priced with."""
+    """For a cloud where it is chosen; None: what the offer was priced with."""
+    image: str | None = None
+    """What a container is made from, for a cloud whose machines are containers; None: its usual one."""
 
 
 @dataclass(frozen=True)

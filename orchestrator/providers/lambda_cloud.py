@@ -182,7 +182,9 @@ class LambdaCloud:
 
     def check_key(self) -> None:
         """One small read that needs the key. Raises AuthRejected when it is not accepted."""
-        self._read("/ssh-keys", "list the account's public keys")
+        reply = self._client.once(Call("GET", "/ssh-keys"))
+        if reply.outcome != "ok":
+            raise self._error(reply, "list the account's public keys")
 
     def storage(self) -> list[str]:
         """File systems, which cost money by what lies in them, whether a machine uses them or not."""
