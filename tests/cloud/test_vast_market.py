@@ -42,7 +42,7 @@ OPERATORS: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("what", OPERATORS)
 def test_filters_are_honoured(vast: VastCloud, what: str) -> None:
-    """Each of the eight operators, alone or two together, numbers as texts, too, finds those it should and no others."""
+    """Each operator, alone or two together, numbers as texts, too, finds those it should and no others."""
     query, is_right = OPERATORS[what]
     usual = {"verified": {"eq": True}, "limit": 64}
     found = said(vast, "POST /bundles/", usual | query)["offers"]

@@ -88,4 +88,4 @@ def status_of(core: VastCloud, instance_id: str) -> str:
 
 def end(core: VastCloud, instance_id: str) -> int:
     """Ask for the end of an instance; the status."""
-    return ask(core, f"DELETE /instances/{instance_id}/", {})[0]
+    return raw(core, f"DELETE /instances/{instance_id}/", {}).status

@@ -43,7 +43,8 @@ def everything(cloud: VastCloud, request: Request) -> Answer:
 def page(cloud: VastCloud, request: Request) -> Answer:
     """One page of instances."""
     asked = {name: values[-1] for name, values in parse_qs(request.query).items()}
-    rows = [row for row in _rows(cloud) if vast_search.matches(row, _filters(asked))]
+    filters = _filters(asked)
+    rows = [row for row in _rows(cloud) if vast_search.matches(row, filters)]
     order = _order(asked)
     for column, is_down in reversed(order):
         rows.sort(key=lambda row: _sortable(row.get(column)), reverse=is_down)
