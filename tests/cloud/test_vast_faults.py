@@ -10,7 +10,21 @@ import pytest
 from tests.cloud import Clock, Fault
 from tests.cloud.answers import Closed, CutShort, Hangs, NotSent
 from tests.cloud.fault_kinds import VAST
-from tests.cloud.vast_asking import ORDER, ask, best, end, launch, offers, raw, said, seen, shown, status_of
+from tests.cloud.vast_asking import (
+    ORDER,
+    RUNNING,
+    STOPPED,
+    ask,
+    best,
+    end,
+    launch,
+    offers,
+    raw,
+    said,
+    seen,
+    shown,
+    status_of,
+)
 from tests.cloud.vast_cloud import VastCloud
 from tests.cloud.vast_instance import VastInstance
 
@@ -43,7 +57,6 @@ FAILED = {
     "quota": 400,
     "no-credit": 400,
 }
-STOPPED, RUNNING = {"state": "stopped"}, {"state": "running"}
 
 
 def made(vast: VastCloud, clock: Clock, *faults: Fault, **order: Any) -> VastInstance:

@@ -30,6 +30,9 @@ SAFE = {
 }
 """What leaves every trap out but the dear disk."""
 
+STOPPED, RUNNING = {"state": "stopped"}, {"state": "running"}
+HALTED = {"cur_state": "stopped", "intended_status": "stopped", "next_state": "stopped"}
+
 
 def raw(core: VastCloud, call: str, content: Any = None, key: str | None = None) -> Answer:
     """The answer to `PUT /asks/1/` and the like, as it is."""
@@ -89,3 +92,14 @@ def status_of(core: VastCloud, instance_id: str) -> str:
 def end(core: VastCloud, instance_id: str) -> int:
     """Ask for the end of an instance; the status."""
     return raw(core, f"DELETE /instances/{instance_id}/", {}).status
+
+
+def states(core: VastCloud, instance_id: str) -> dict[str, str]:
+    """The three words beside `actual_status`."""
+    return {word: shown(core, instance_id)[word] for word in HALTED}
+
+
+def bid_for(core: VastCloud, factor: float = 1.2) -> str:
+    """The id of an interruptible that is made now, for so many times the least bid."""
+    offer = offers(core, **SAFE, type="bid")[0]
+    return launch(core, offer["id"], price=round(offer["min_bid"] * factor, 4))
