@@ -73,7 +73,7 @@ class VastCloud:
         """What is free, with its disk in the price, cheapest first; every field looked at again here.
 
         Raises UsageError for a filter that makes no sense, ConfigError for an image that cannot be had, NoCapacity when
-        the bid is too low for everything that fits. A GPU that the market may not know brings others, for comparison.
+        the bid is too low for everything that fits. When nothing fits, others come, so that it can be said why.
         """
         search = vast_search.search(need)
         if search is None:
@@ -81,9 +81,8 @@ class VastCloud:
         if search.wishes.image:
             images.pinned(search.wishes.image)
         found = search.offers(self._searched(search, _SEARCH_PAGES))
-        if not found and search.names and not search.is_known:
-            anything = dataclasses.replace(search, names=())
-            found = anything.offers(self._searched(anything, 1))
+        if not found:
+            found = search.relaxed().offers(self._searched(search.relaxed(), 1))
         return sorted(found, key=lambda offer: (offer.price_usd_per_hour, offer.offer_id))
 
     def _searched(self, search: Search, pages: int) -> list[Any]:
@@ -105,9 +104,9 @@ class VastCloud:
             ids = [vast_answers.identifier(entry, "id") if isinstance(entry, dict) else None for entry in page]
             new = {one: entry for one, entry in zip(ids, page, strict=True) if one is not None and one not in found}
             found |= new
-            if len(page) < vast_search.LIMIT:
-                break
             top = vast_search.top_usd(page)
+            if len(page) < vast_search.LIMIT or search.is_over(top):
+                break
             floor = top if new and top > (floor or 0.0) else max(top, floor or 0.0) + 1e-6  # else it comes no further
         return list(found.values())
 
@@ -312,7 +311,8 @@ class VastCloud:
         Refused while the instance is not known (yet).
         """
         path = f"/v0/instances/{_checked(instance_id)}/ssh/"
-        reply = self._client.repeat(Call("POST", path, {"ssh_key": _public_line(public_key)}, lane=_KEYS))
+        body = {"ssh_key": _public_line(public_key)}
+        reply = self._client.repeat(Call("POST", path, body, lane=_KEYS, needs="success"))
         is_there = reply.outcome == "refused" and re.search("already|duplicate", vast_errors.said(reply)) is not None
         if reply.outcome != "ok" and (not is_there or vast_errors.is_key_refused(reply)):
             raise self._error(reply, f"let a public key into instance {instance_id}")

@@ -93,9 +93,10 @@ def overridden(need: Need) -> list[str]:
     found = []
     for name, text in need.filters.items():
         known = FILTERS[name]
-        if _value(name, text) != _value(name, known.default):
-            usual = f"usually {known.default}: " if known.default else ""
-            found.append(f"{name}={text.strip()} ({usual}{known.says})")
+        usual = need.hours if name == "duration" else _value(name, known.default)
+        if _value(name, text) != usual:
+            words = f"usually {known.default}: " if known.default else ""
+            found.append(f"{name}={text.strip()} ({words}{known.says})")
     return found
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import gpus, offers
+from orchestrator import gpus
 from orchestrator.errors import NoCapacity
 from orchestrator.providers import vast_answers, vast_filters
 from orchestrator.providers.base import Need, Offer
@@ -37,8 +38,6 @@ class Search:
     wishes: Wishes
     names: tuple[str, ...]
     """The GPUs that may be meant, as the market spells them; empty: any."""
-    is_known: bool
-    """Whether these names are ones that the market is known to use."""
     count: int | None
     memory_gb: float | None
     """Of each GPU, at least."""
@@ -56,13 +55,20 @@ class Search:
             asked["gpu_ram"] = {"gte": math.floor(self.memory_gb * gpus.VRAM_SLACK * _MB_PER_GB)}
         if country := _COUNTRY.match(need.region or ""):
             asked["geolocation"] = {"in": [country[0].upper()]}
-        price = {"gte": floor_usd} if floor_usd is not None else {}
-        if need.max_price_usd_per_hour is not None and not need.spot:  # of a spot machine it is not what is paid
-            price["lte"] = need.max_price_usd_per_hour
-        asked |= {"dph_total": price} if price else {}
+        asked |= {"dph_total": {"gte": floor_usd}} if floor_usd is not None else {}
         kind = "bid" if need.spot else "on-demand"
         storage = float(wishes.disk_gb)
         return {**asked, "order": [["dph_total", "asc"]], "type": kind, "limit": LIMIT, "allocated_storage": storage}
+
+    def relaxed(self) -> Search:
+        """The same for whatever GPU, count and place: what there is, for the reason why nothing fits."""
+        need = dataclasses.replace(self.need, region=None, bid_usd_per_hour=None)
+        return Search(need, self.wishes, (), None, None)
+
+    def is_over(self, top_usd: float) -> bool:
+        """Whether what is dearer than this need not be looked at; of a spot machine it is not what is paid."""
+        dearest = self.need.max_price_usd_per_hour
+        return dearest is not None and not self.need.spot and top_usd > dearest
 
     def offers(self, entries: Iterable[Any]) -> list[Offer]:
         """What of the answers can be rented as asked. NoCapacity, naming the lowest, when the bid is too low for all.
@@ -94,8 +100,15 @@ class Search:
             wishes.arch is None or text(entry.get("cpu_arch")) == wishes.arch,
             all((number(told, field) or 0.0) >= least for field, least in wishes.floors.items()),
             self.count is None or whole(entry, "num_gpus") == self.count,
+            self.memory_gb is None or _vram_gb(entry) >= self.memory_gb * gpus.VRAM_SLACK,
+            not self.names or self._is_meant(entry),
         )
         return all(checks)
+
+    def _is_meant(self, entry: dict[str, Any]) -> bool:
+        """Whether its GPU is one that was asked for."""
+        name = text(entry.get("gpu_name"))
+        return name in self.names or gpus.is_called(name, _vram_gb(entry), self.need.gpu or "")
 
     def _offer(self, entry: dict[str, Any]) -> Offer | None:
         """An entry as an offer; None when what must be known of it is not."""
@@ -105,15 +118,14 @@ class Search:
         price = self._price(entry, bid)
         if offer_id is None or not gpu or not count or not price or (self.need.spot and bid is None):
             return None
-        numbers = ("gpu_ram", "cpu_ram", "gpu_frac", "cpu_cores_effective")
-        vram_mib, ram_mb, share, cores = (number(entry, name) for name in numbers)
+        ram_mb, share, cores = (number(entry, name) for name in ("cpu_ram", "gpu_frac", "cpu_cores_effective"))
         return Offer(
             provider="vast",
             offer_id=offer_id,
             type_name=vast_answers.kind(count, gpu),
             gpu=gpu,
             count=count,
-            vram_gb=round(vram_mib / _MIB_PER_GIB, 1) if vram_mib else None,
+            vram_gb=round(_vram_gb(entry), 1) or None,
             vcpus=int(cores) if cores else None,
             ram_gb=round(ram_mb / _MB_PER_GB * min(share or 1.0, 1.0), 1) if ram_mb else None,
             disk_gb=float(self.wishes.disk_gb),  # what is rented: the rest of the host's is not to be had
@@ -166,19 +178,18 @@ def search(need: Need) -> Search | None:
         return None
     known = (gpu,) if need.type_name is not None and gpu in gpus.NAMES else tuple(gpus.named(rest))
     least = max((size for size in (need.min_vram_gb, memory) if size is not None), default=None)
-    return Search(need, wishes, known or _forms(rest), bool(known), count, least)
-
-
-def means(found: Search, offer: Offer) -> bool:
-    """Whether an offer's GPU is one that was asked for."""
-    asked = found.need.gpu
-    return (asked is None or offers.is_called(offer, asked)) and found.need.type_name in (None, offer.type_name)
+    return Search(need, wishes, known or _forms(rest), count, least)
 
 
 def top_usd(entries: Iterable[Any]) -> float:
     """The highest price of a page, at which the next one begins."""
     prices = (number(entry, "dph_total") for entry in entries if isinstance(entry, dict))
     return max((price for price in prices if price is not None), default=0.0)
+
+
+def _vram_gb(entry: dict[str, Any]) -> float:
+    """Of each GPU; 0 when it is not told."""
+    return (number(entry, "gpu_ram") or 0.0) / _MIB_PER_GIB
 
 
 def _among(names: tuple[str, ...]) -> dict[str, Any]:
