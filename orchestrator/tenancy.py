@@ -19,6 +19,10 @@ from orchestrator.runs import Run
 
 _MACHINES_MAX = 4
 """How many machines one command rents for a run, one after the other, before it gives up."""
+_TRIES_MAX = 6
+"""How often a machine may cease to answer and come back."""
+_SURE_S = 300.0
+"""After so long without an answer, beside all that was waited before, a machine whose provider answers is dead."""
 _NAME_MAX = 56
 _LOOK_S = 5.0
 _MOST = 0.8
@@ -81,7 +85,24 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
 
     **May spend money**, within the caps the run was started with. Raises GpuError.
     """
-    for _ in range(_MACHINES_MAX):
+    for others in reversed(range(_MACHINES_MAX)):
+        _carry_there(run, go, say)
+        run.reload()
+        name = run.record.machine
+        if run.record.state in ("sealed", "failed", "stopped") or not rentals.is_gone(name):
+            return
+        if _is_lost(name):
+            notices.tell("machine_lost", run_id=run.run_id, machine=name, message=f"{name} is gone.")
+            if others and run.record.rents and elsewhere(run, say):
+                continue
+        break
+    if run.record.state not in ENDED_RUNS:
+        raise MachineGone(f"{name} is gone. Nothing is rented for {run.run_id}.", f"gpu resume {run.run_id} --gpu …")
+
+
+def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
+    """Take `go` with the run on the machine it has; returns when that is done, or the machine is no more."""
+    for _ in range(_TRIES_MAX):
         if run.record.state == "planned":
             begin(run, run.record.machine)
         if run.record.state not in ENDED_RUNS:
@@ -89,19 +110,24 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
             _take_up(run.record.machine)
         try:
             go()
-        except MachineGone as error:
-            journey.machine_is_gone(run, run.record.machine)
-            notices.tell("machine_lost", run_id=run.run_id, machine=run.record.machine, message=error.message)
         except DeadlineOver as error:
             _end_in_time(run, error, say)
-            return
-        except NotReachable as error:
-            if not _give_up(run, error, say):
-                raise
-        run.reload()
-        is_lost = run.record.state == "lost" and rentals.is_gone(run.record.machine)
-        if not is_lost or not run.record.rents or not elsewhere(run, say):
-            return
+        except GpuError as error:
+            if not rentals.is_gone(run.record.machine) and not _is_dead(run, error, say):
+                trouble = error
+                run.reload()
+                continue
+            journey.machine_is_gone(run, run.record.machine)
+        return
+    raise trouble
+
+
+def _is_lost(name: str) -> bool:
+    """Whether a rented machine has vanished: not one that somebody ended, nor one that its guard ended in time."""
+    rental = rentals.find(name)
+    if rental is None or rental.record.state != "lost":
+        return False
+    return rental.record.deadline is None or clock.timestamp() < rental.record.deadline
 
 
 def _end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
@@ -137,14 +163,28 @@ class Meter:
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
-def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
-    """End a machine rented for this run that does not answer, and has not for minutes; whether that was done."""
-    rental = rentals.find(run.record.machine)
-    if rental is None or not run.record.rents or rental.record.state != "ready":
-        return False
+def _is_dead(run: Run, error: GpuError, say: Say) -> bool:
+    """Whether a machine rented for this run answers nobody, while its provider does; then it is ended.
+
+    False when it answers again. Raises `error`, which made one ask, when that is none of it, or cannot be known: a
+    computer that is cut off reaches neither, and unreachable is not dead.
+    """
+    rental, is_silent = rentals.find(run.record.machine), isinstance(error, NotReachable)
+    if rental is None or not is_silent or not run.record.rents or rental.record.state != "ready":
+        raise error
+    until = clock.monotonic() + _SURE_S
+    while clock.monotonic() < until:
+        try:
+            provider = market.account_of(rental)
+            found = provider.get(rental.record.instance_id or "")
+        except GpuError:
+            raise error from None
+        if found is None or inventory.reach(rental.name) is None:
+            return False
+        clock.sleep(_LOOK_S)
     say(f"{error.message} It is given back, and the run goes on elsewhere.")
     with rental.locked():
-        returning.end(rental, market.account_of(rental), say)
+        returning.end(rental, provider, say)
         rental.save(state="lost", failure="it did not answer any more")
     return True
 
