@@ -42,8 +42,8 @@ def next_name(run: Run) -> str:
 
 
 def document(wish: Wish) -> dict[str, Any]:
-    """A wish as the run's record keeps it, so that another machine can be rented by it."""
-    return asdict(wish)
+    """A wish as the run's record keeps it, so that another machine can be rented by it; its caps count from now on."""
+    return {**asdict(wish), "since": clock.timestamp()}
 
 
 def _wish(run: Run) -> Wish | None:
@@ -54,7 +54,7 @@ def _wish(run: Run) -> Wish | None:
 
 
 def begin(run: Run, name: str) -> bool:
-    """Make the record of a machine the run will have, unless its budget is spent; whether there is one now.
+    """Make the record of a machine the run will have, unless its caps are used up; whether there is one now.
 
     One that came to nothing is asked for anew; one that the run has worked on is not. Nobody is asked but for offers.
     """
@@ -70,14 +70,14 @@ def begin(run: Run, name: str) -> bool:
 
 
 def _left(run: Run) -> Wish | None:
-    """What may still be rented for the run: its wish with what is left of its budget; None when that is nothing."""
+    """What may still be rented for the run: its wish with what is left of its caps; None when that is nothing."""
     wish = _wish(run)
-    if wish is None or wish.caps.budget_usd is None:
-        return wish
-    base = name_for(run.run_id)
-    names = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
-    left = wish.caps.budget_usd - sum(lease.usd() for lease in names)
-    return replace(wish, caps=replace(wish.caps, budget_usd=left)) if left > 0 else None
+    if wish is None:
+        return None
+    base, since = name_for(run.run_id), run.record.rents.get("since", 0.0)
+    mine = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
+    caps = wish.caps.less(lease for lease in mine if lease.opened_at >= since)
+    return None if 0.0 in (caps.max_hours, caps.budget_usd) else replace(wish, caps=caps)
 
 
 def carry(run: Run, go: Callable[[], None], say: Say) -> None:
@@ -193,7 +193,7 @@ def elsewhere(run: Run, say: Say) -> bool:
     """Have a run whose own machine is gone go on on another one, within its caps; whether it may."""
     name = next_name(run)
     if not begin(run, name):
-        say(f"{run.record.machine} is gone, and nothing more is rented for {run.run_id}: its budget is spent.")
+        say(f"{run.record.machine} is gone, and nothing more is rented for {run.run_id}: its caps are used up.")
         return False
     say(f"{run.record.machine} is gone; {run.record.rows_home} rows are home. Going on on another machine.")
     journey.move(run, journey.Wish(machine=name, take_over=True))

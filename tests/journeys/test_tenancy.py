@@ -239,6 +239,26 @@ def test_a_machine_that_vanishes_while_it_is_sent_its_files_is_replaced(quick: C
     assert billing(quick) == []
 
 
+def test_further_machines_share_hours_and_budget(quick: Cloud) -> None:
+    """What the first machine took is taken off for the next; what is typed with a resume counts from then on."""
+    quick.fault("vanishes", seconds=8.0)
+    done = gpu("run", *A10, "--max-hours", "2", "--budget", "5", *count(100), waits=SHORT)
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(rentals.known(), key=lambda rental: rental.record.made_at)
+    caps, left = first.caps(), second.caps()
+    assert (caps.max_hours, caps.budget_usd) == (2, 5)
+    assert 1.98 < (left.max_hours or 0) < 2 - 5 / 3600
+    assert left.budget_usd == pytest.approx(5 - 0.0125)
+    assert gpu("terminate", second.name, "-y").returncode == 0
+    run = newest()
+    run.save(state="lost")
+    again = gpu("resume", *A10[:3], "--max-hours", "1", "--budget", "3", "--detach")
+    assert again.returncode == 0, again.stderr
+    third = rentals.choose(newest().record.machine).caps()
+    assert (third.max_hours, third.budget_usd) == (1, 3)
+    assert gpu("terminate", "--all", "--discard", "-y").returncode == 0
+
+
 def test_machines_are_not_replaced_without_end(quick: Cloud) -> None:
     """When one after the other vanishes, the run ends as lost, which its exit code says, and nothing is rented."""
     quick.fault("vanishes", seconds=5.0, times=None)
