@@ -68,6 +68,7 @@ def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     guard = guarding.explained(account.guard or guarding.chosen())
     is_open = account.guard is None and not guarding.is_chosen()
     return [
+        *market.overridden([account], asked.need),
         f"Rent {offers.in_words(offer)}: {limit}; {idle_words}.",
         f"{hard} Guard: {guard}." + (" Choose another: gpu guard setup" if is_open else ""),
     ]

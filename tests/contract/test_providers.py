@@ -87,7 +87,7 @@ ASKING: dict[str, Callable[[Rented], object]] = {
     "check_key": lambda it: it.account.check_key(),
 }
 """Every method that asks every cloud, but for launch, each asked of an account that has one machine."""
-OF_SOME = {"start_script", "admit", "host_key", "stop", "start", "credit"}
+OF_SOME = {"overridden", "start_script", "admit", "host_key", "stop", "start", "credit"}
 """Methods for which some clouds need not be asked."""
 
 
