@@ -217,7 +217,7 @@ class Provider(Protocol):
         ...
 
     def overridden(self, need: Need) -> list[str]:
-        """The defaults that protect which a need does not keep, in words. UsageError for a filter that makes no sense."""
+        """The defaults that protect and that a need does not keep, in words. UsageError for a filter without sense."""
         ...
 
     def ensure_key(self, public_key: str, name: str) -> str:

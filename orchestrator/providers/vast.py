@@ -88,7 +88,7 @@ class VastCloud:
         return sorted(found, key=lambda offer: (offer.price_usd_per_hour, offer.offer_id))
 
     def overridden(self, need: Need) -> list[str]:
-        """The defaults that protect which a need does not keep, in words. UsageError for a filter that makes no sense."""
+        """The defaults that protect and that a need does not keep, in words. UsageError for a filter without sense."""
         return vast_filters.overridden(need)
 
     def _searched(self, search: Search, pages: int) -> list[Any]:
