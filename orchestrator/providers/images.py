@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 USUAL = "vastai/base-image@sha256:bf6bb047dbc1105c89a5ac41b9a32205a2f2e022cb24d632d055c5b14a86f7ec"
 """Made by Vast.ai for its own way of starting sshd: Ubuntu 24.04, CUDA 12.8 and its tools, Python, git, rsync.
 
-By its tag cuda-12.8.1-cudnn-devel-ubuntu24.04-py310 as public projects pinned it in 2026. The driver comes from the host,
+By its tag cuda-12.8.1-cudnn-devel-ubuntu24.04-py310, as public projects pin it. The driver comes from the host,
 and PyTorch brings the libraries it needs.
 """
 _HUB = "docker.io"
