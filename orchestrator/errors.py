@@ -22,6 +22,7 @@ GpuError
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
 ├── JobFailed          10  the job ended without being done
 └── HomeDiskFull        1  this computer's disk is full
+    └── NotNoted        1  a machine is gone, which could not be put on the disk
 """
 
 from __future__ import annotations
@@ -148,3 +149,7 @@ class HomeDiskFull(GpuError):
     """This computer has no space left; what was counted as home is home."""
 
     exit_code = BUG
+
+
+class NotNoted(HomeDiskFull):
+    """A machine is gone, by its provider's own word, and costs nothing more; that could not be put on the disk."""
