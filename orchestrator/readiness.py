@@ -70,6 +70,8 @@ class _Climb:
             found = self._looked(look)
             if found is not None:
                 return found
+            if guarding.is_past(self.rental):
+                raise LaunchFailed(f"{self.rental.name}: its time is over before it is ready.")
             if clock.monotonic() > self.began + limit_s:
                 last = f" It said last: {plain(self.last)}" if self.last else ""
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
@@ -130,6 +132,11 @@ def _active(up: _Climb, offer: Offer) -> str:
             raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
         if found.state in ("unhealthy", "stopped"):
             raise LaunchFailed(f"{up.rental.name} is {plain(found.raw_state)}, by its provider's own word.")
+        if found.type_name not in ("", offer.type_name):
+            raise LaunchFailed(f"{up.rental.name} is a {found.type_name}; {offer.type_name} was asked for.")
+        if (found.price_usd_per_hour or 0.0) > offer.price_usd_per_hour:
+            told = f"{found.price_usd_per_hour:.2f} USD/h; {offer.price_usd_per_hour:.2f} were offered"
+            raise LaunchFailed(f"{up.rental.name} costs {told}.")
         if found.state != "ready" or not found.host:
             return None
         up.rental.save(user=found.user, host=found.host, port=found.port)

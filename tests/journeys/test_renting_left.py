@@ -344,3 +344,34 @@ def test_a_deadline_stops_nothing_elsewhere(quick: Cloud, counting_run: Callable
     assert billing(quick) == []
     journey.refresh(run)
     assert run.record.state == "running"
+
+
+def test_a_launch_is_over_at_its_deadline(quick: Cloud) -> None:
+    """A machine that does not come up is given back when its time is over, by the launch itself; no other is rented."""
+    quick.core.timings = Timings(boot_s=600.0)
+    launched = gpu(*A10, "--max-hours", "0.001")
+    assert launched.returncode == 4, launched.stderr
+    assert "its time is over before it is ready" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"price_cents_per_hour": 150}, "costs 1.50 USD/h; 0.75 were offered"),
+        ({"name": "gpu_8x_a10"}, "is a gpu_8x_a10"),
+    ],
+)
+def test_a_machine_that_is_not_what_was_offered_is_given_back(quick: Cloud, change: dict[str, Any], said: str) -> None:
+    """Another kind of machine, or a higher price, than what was asked for is not kept."""
+    quick.core.timings = Timings(boot_s=600.0)
+    command = begun(*A10)
+    (instance,) = until(lambda: quick.core.ours())
+    quick.core.timings = Timings(boot_s=600.0, term_s=0.1)
+    instance.kind = {**instance.kind, **change}
+    until(lambda: len(quick.core.ours()) == 2)
+    command.send_signal(signal.SIGINT)
+    assert said in command.communicate(timeout=60)[1]
+    assert billing(quick) == [quick.core.ours()[1].instance_id]
+    assert gpu("terminate", "--all", "-y").returncode == 0
