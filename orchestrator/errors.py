@@ -11,6 +11,7 @@ GpuError
 │   ├── NoCapacity      4  it has no such machine free just now; another region or type may do
 │   ├── RateLimited     4  it was asked too often; nothing happened
 │   ├── LaunchFailed    4  what was rented was not what was paid for; it was given back
+│   │   └── Unusable    4  nor would another one do: what was typed cannot be had on any
 │   └── ProviderDown    4  it does not answer, or not as its API does; nothing happened
 ├── MayCost            20  a machine may still be costing money
 │   ├── LaunchUnknown  20  a paid request got no answer: it may have happened, and is never sent again
@@ -96,6 +97,10 @@ class RateLimited(ProviderError):
 
 class LaunchFailed(ProviderError):
     """A machine never became ready, or is not what was paid for."""
+
+
+class Unusable(LaunchFailed):
+    """A machine on which what was typed cannot be had, nor on another one of its kind."""
 
 
 class ProviderDown(ProviderError):

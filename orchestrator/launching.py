@@ -17,6 +17,7 @@ from orchestrator.errors import (
     ProviderDown,
     RateLimited,
     Refused,
+    Unusable,
     UsageError,
 )
 from orchestrator.providers import base
@@ -219,7 +220,9 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
         bad = sum(entry["why"].startswith(BAD) for entry in rental.record.tried) + 1
         offer = rental.offer()
         tried = [*rental.record.tried, {"offer": offer.offer_id, "place": offer.place(), "why": BAD + error.message}]
-        is_last = is_over or bad >= _BAD_MACHINES_MAX
+        is_last = is_over or bad >= _BAD_MACHINES_MAX or isinstance(error, Unusable)
         rental.save(tried=tried, state="gone" if is_last else "planned")
         if is_last:
-            raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None
+            raise LaunchFailed(
+                f"{error.message} {bad} machines were no good; all were given back.", error.hint
+            ) from None

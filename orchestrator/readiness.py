@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs import durable
 from orchestrator import clock, enrolment, guarding, on_machine, ssh, ssh_config
-from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
+from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused, Unusable
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
@@ -26,6 +26,7 @@ _KEY_PATIENCE_S = 90.0
 """How long the image may take to put the host key in place that it was given."""
 _CALL_S = 30.0
 _GPU_S = 240.0
+_ADMITTED_S = 60.0
 _GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
@@ -283,4 +284,10 @@ def _is_admitted(up: _Climb) -> str:
         enrolment.admit(_asked(up.rental), up.rental.folder, _fingerprint(up.rental.folder))
         return ""
 
-    return up.until(look, _CALL_S * 2, "it cannot be used")
+    try:
+        return up.until(look, _ADMITTED_S, "it cannot be used")
+    except LaunchFailed as error:
+        asked = up.rental.record.python
+        if asked and asked in error.message:  # a typing error must not cost one machine after the other
+            raise Unusable(error.message, "Check --python.") from None
+        raise
