@@ -63,6 +63,8 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
             "Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
+    if caps.max_hours is not None and caps.max_hours <= 0:
+        raise UsageError("The hours of --max-hours are used up. Nothing was rented.", "Raise --max-hours.")
     bounds = limits()
     _check_limit("usd_per_hour", bounds.usd_per_hour, price, f"{offer.type_name} costs {price:.2f} USD/h")
     most = at_most(price, caps)

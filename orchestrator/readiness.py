@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs import durable
 from orchestrator import clock, enrolment, guarding, on_machine, ssh, ssh_config
-from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
+from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused, Unusable
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
@@ -26,6 +26,7 @@ _KEY_PATIENCE_S = 90.0
 """How long the image may take to put the host key in place that it was given."""
 _CALL_S = 30.0
 _GPU_S = 240.0
+_ADMITTED_S = 60.0
 _GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
@@ -70,6 +71,8 @@ class _Climb:
             found = self._looked(look)
             if found is not None:
                 return found
+            if guarding.is_past(self.rental):
+                raise LaunchFailed(f"{self.rental.name}: its time is over before it is ready.")
             if clock.monotonic() > self.began + limit_s:
                 last = f" It said last: {plain(self.last)}" if self.last else ""
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
@@ -130,6 +133,11 @@ def _active(up: _Climb, offer: Offer) -> str:
             raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
         if found.state in ("unhealthy", "stopped"):
             raise LaunchFailed(f"{up.rental.name} is {plain(found.raw_state)}, by its provider's own word.")
+        if found.type_name not in ("", offer.type_name):
+            raise LaunchFailed(f"{up.rental.name} is a {found.type_name}; {offer.type_name} was asked for.")
+        if (found.price_usd_per_hour or 0.0) > offer.price_usd_per_hour:
+            told = f"{found.price_usd_per_hour:.2f} USD/h; {offer.price_usd_per_hour:.2f} were offered"
+            raise LaunchFailed(f"{up.rental.name} costs {told}.")
         if found.state != "ready" or not found.host:
             return None
         up.rental.save(user=found.user, host=found.host, port=found.port)
@@ -276,4 +284,10 @@ def _is_admitted(up: _Climb) -> str:
         enrolment.admit(_asked(up.rental), up.rental.folder, _fingerprint(up.rental.folder))
         return ""
 
-    return up.until(look, _CALL_S * 2, "it cannot be used")
+    try:
+        return up.until(look, _ADMITTED_S, "it cannot be used")
+    except LaunchFailed as error:
+        asked = up.rental.record.python
+        if asked and asked in error.message:  # a typing error must not cost one machine after the other
+            raise Unusable(error.message, "Check --python.") from None
+        raise

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ class Caps:
         has_end = self.budget_usd is not None and price_usd_per_hour
         bought = math.floor((self.budget_usd or 0.0) / price_usd_per_hour * 60) / 60 if has_end else None
         return min((limit for limit in (self.max_hours, bought) if limit is not None), default=None)
+
+    def less(self, spent: Iterable[ledger.Lease]) -> Caps:
+        """What is left of them after these; 0.0 where that is nothing."""
+        leases = list(spent)
+        hours, usd = sum(lease.hours() for lease in leases), round(sum(lease.usd() for lease in leases), 4)
+        return replace(
+            self,
+            max_hours=None if self.max_hours is None else max(self.max_hours - hours, 0.0),
+            budget_usd=None if self.budget_usd is None else max(self.budget_usd - usd, 0.0),
+        )
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,13 @@ class Rental:
         durable.save_json(_path(self.folder), asdict(changed))
         self.record = changed
 
+    def note(self, **changes: Any) -> None:
+        """The same for what has happened already; a disk that takes nothing must not keep a machine from its end."""
+        try:
+            self.save(**changes)
+        except OSError:
+            self.record = replace(self.record, **changes)
+
     def reload(self) -> None:
         """Read the record again: another process of ours may have gone on with it."""
         self.record = _load_record(_path(self.folder))
@@ -181,11 +198,8 @@ class Rental:
         return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == newest]
 
     def caps_left(self) -> Caps:
-        """Its limits, less what machines have cost that were given back because they were no good."""
-        caps = self.caps()
-        if caps.budget_usd is None:
-            return caps
-        return replace(caps, budget_usd=max(caps.budget_usd - self.usd(), 0.0))
+        """Its limits, less what machines have taken that were given back because they were no good."""
+        return self.caps().less(self.leases())
 
     def in_words(self) -> str:
         """Kind and region."""
@@ -194,8 +208,16 @@ class Rental:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the one process that launches or gives back this machine; the record is read anew inside."""
-        lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+        """Be the one process that launches or gives back this machine; the record is read anew inside.
+
+        On a disk that takes no lock nobody can launch, and an end may be asked for by several.
+        """
+        try:
+            lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+        except OSError:
+            self.reload()
+            yield
+            return
         if lock is None:
             raise ConfigError(
                 f"Another command launches or gives back {self.name} just now. Nothing was changed.",
