@@ -17,7 +17,7 @@ from orchestrator import (
     runs,
     tenancy,
 )
-from orchestrator.errors import GpuError
+from orchestrator.errors import GpuError, MayCost, NotNoted
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
 
@@ -41,10 +41,24 @@ def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
             elif rental.record.state == "ready" and rental.name != spared and (why := _why_over(rental)):
                 say(f"{rental.name} {why}")
                 with rental.locked():
+                    returning.stop_runs(rental)  # a worker that hangs is idle, too
                     returning.give_back(rental, market.account_of(rental), say)
-        except GpuError as error:
-            errors.append(error)
+        except (GpuError, OSError) as error:
+            errors.append(_trouble(rental, error))
     return errors
+
+
+def _trouble(rental: Rental, error: GpuError | OSError) -> GpuError:
+    """What is said when a machine was to be given back and was not: that it may go on costing money."""
+    if isinstance(error, (MayCost, NotNoted)):
+        return error
+    why, hint = f"{rental.folder}: {error}.", ""
+    if isinstance(error, GpuError):
+        why, hint = error.message, error.hint
+    price = rental.price_usd_per_hour or 0.0
+    return MayCost(
+        f"{why} {rental.name} MAY GO ON COSTING {price:.2f} USD/h.", hint or f"Again: gpu terminate {rental.name}"
+    )
 
 
 def _why_over(rental: Rental) -> str:
@@ -71,8 +85,8 @@ def step(say: Say) -> list[GpuError]:
             if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
                     _go_on(rental, say)
-        except GpuError as error:
-            errors.append(error)
+        except (GpuError, OSError) as error:
+            errors.append(_trouble(rental, error))
     for run in runs.remembered():
         try:
             _look_at(run, say)

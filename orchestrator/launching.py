@@ -29,6 +29,7 @@ from orchestrator.errors import (
     ProviderDown,
     RateLimited,
     Refused,
+    Unusable,
     UsageError,
 )
 from orchestrator.providers import base
@@ -248,10 +249,14 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
         readiness.climb(rental, provider, say)
     except LaunchFailed as error:
         say(f"  {error.message} It is given back.")
+        is_over = guarding.is_past(rental)
         returning.end(rental, provider, say)
         bad = sum(entry["why"].startswith(BAD) for entry in rental.record.tried) + 1
         offer = rental.offer()
         tried = [*rental.record.tried, {"offer": offer.offer_id, "place": offer.place(), "why": BAD + error.message}]
-        rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
-        if bad >= _BAD_MACHINES_MAX:
-            raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None
+        is_last = is_over or bad >= _BAD_MACHINES_MAX or isinstance(error, Unusable)
+        rental.save(tried=tried, state="gone" if is_last else "planned")
+        if is_last:
+            raise LaunchFailed(
+                f"{error.message} {bad} machines were no good; all were given back.", error.hint
+            ) from None

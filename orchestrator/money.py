@@ -63,6 +63,8 @@ def check(offer: Offer, caps: Caps, provider: Provider) -> None:
             "Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
+    if caps.max_hours is not None and caps.max_hours <= 0:
+        raise UsageError("The hours of --max-hours are used up. Nothing was rented.", "Raise --max-hours.")
     most = at_most(price, caps)
     _check_credit(provider.credit(), most, price * boot_minutes / 60, offer)
     bounds = limits()

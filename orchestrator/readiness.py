@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator import admission, clock, enrolment, guarding, on_machine
 from orchestrator.admission import CALL_S, Door, called
-from orchestrator.errors import AuthRejected, GpuError, LaunchFailed, Refused
+from orchestrator.errors import AuthRejected, GpuError, LaunchFailed, Refused, Unusable
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
@@ -22,6 +22,7 @@ _PRICE_SLACK = 1.02
 _CENT_USD = 0.01
 _WORDS_MAX = 100
 _GPU_S = 240.0
+_ADMITTED_S = 60.0
 _GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
@@ -72,6 +73,8 @@ class _Climb:
             found = self._looked(look)
             if found is not None:
                 return found
+            if guarding.is_past(self.rental):
+                raise LaunchFailed(f"{self.rental.name}: its time is over before it is ready.")
             if clock.monotonic() > self.began + limit_s:
                 last = f" It said last: {plain(self.last)}" if self.last else ""
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
@@ -141,6 +144,7 @@ def _compared(name: str, offer: Offer, found: Instance) -> str:
     kinds = {True: "a spot machine", False: "one at a fixed price"}
     price = found.price_usd_per_hour
     differences = [
+        (found.type_name not in ("", offer.type_name), f"a {found.type_name}; {offer.type_name} was asked for"),
         (found.spot not in (None, offer.spot), f"{kinds[bool(found.spot)]}; {kinds[offer.spot]} was asked for"),
         (found.count not in (None, offer.count), f"one with {found.count} GPUs; {offer.count} were asked for"),
         (found.gpu not in (None, offer.gpu), f"one with {found.gpu}; {offer.gpu} was asked for"),
@@ -259,4 +263,10 @@ def _is_admitted(up: _Climb) -> str:
         enrolment.admit(admission.asked(up.rental), up.rental.folder, admission.fingerprint(up.rental.folder))
         return ""
 
-    return up.until(look, CALL_S * 2, "it cannot be used")
+    try:
+        return up.until(look, _ADMITTED_S, "it cannot be used")
+    except LaunchFailed as error:
+        asked = up.rental.record.python
+        if asked and asked in error.message:  # a typing error must not cost one machine after the other
+            raise Unusable(error.message, "Check --python.") from None
+        raise

@@ -130,6 +130,13 @@ class Rental:
         durable.save_json(_path(self.folder), asdict(changed))
         self.record = changed
 
+    def note(self, **changes: Any) -> None:
+        """The same for what has happened already; a disk that takes nothing must not keep a machine from its end."""
+        try:
+            self.save(**changes)
+        except OSError:
+            self.record = replace(self.record, **changes)
+
     def reload(self) -> None:
         """Read the record again: another process of ours may have gone on with it."""
         self.record = _load_record(_path(self.folder))
@@ -204,8 +211,16 @@ class Rental:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the one process that launches or gives back this machine; the record is read anew inside."""
-        lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+        """Be the one process that launches or gives back this machine; the record is read anew inside.
+
+        On a disk that takes no lock nobody can launch, and an end may be asked for by several.
+        """
+        try:
+            lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+        except OSError:
+            self.reload()
+            yield
+            return
         if lock is None:
             raise ConfigError(
                 f"Another command launches or gives back {self.name} just now. Nothing was changed.",

@@ -10,6 +10,7 @@ from orchestrator import clock, inventory, journey, market, outcome, runs, user_
 from orchestrator.errors import (
     AuthRejected,
     GpuError,
+    NotNoted,
     NotReturned,
     ProviderDown,
     RateLimited,
@@ -69,11 +70,19 @@ def _bring_home(rental: Rental) -> None:
         )
 
 
+def stop_runs(rental: Rental) -> None:
+    """Stop what runs on a machine, as far as that can be done; what has left it goes on where it is now."""
+    for run in [runs.find(name) for name in inventory.not_home(rental.name)]:
+        with contextlib.suppress(GpuError, OSError):
+            if run.record.machine != rental.name:
+                journey.gather(run)
+            elif run.record.state in ("pushed", "running"):
+                journey.stop(run, _GRACE_S)
+
+
 def at_deadline(rental: Rental, provider: Provider, say: Say) -> None:
     """End a machine whose time is over: workers stopped cleanly and rows pulled as far as that can be done."""
-    for name in inventory.not_home(rental.name):
-        with contextlib.suppress(GpuError):
-            journey.stop(runs.find(name), _GRACE_S)
+    stop_runs(rental)
     for name in inventory.not_home(rental.name):
         say(f"{name} may have rows on {rental.name} that are not home; its hard deadline is over.")
     end(rental, provider, say)
@@ -92,11 +101,18 @@ def end(rental: Rental, provider: Provider, say: Say) -> None:
     if rental.record.instance_id is None:
         rental.save(state="gone")
         return
-    rental.save(state="stopping")
+    rental.note(state="stopping")
     say(f"giving {rental.name} back")
     _until_gone(rental, provider)
-    rental.is_gone()
-    tidy(rental, provider)
+    try:
+        rental.is_gone()
+        tidy(rental, provider)
+    except OSError as error:
+        raise NotNoted(
+            f"{rental.name} is gone, by its provider's own word, and costs nothing more. That cannot be noted here: "
+            f"{error.strerror}.",
+            f"Free some space, or have {rental.folder} writable, then again: gpu terminate {rental.name}",
+        ) from None
 
 
 def _until_gone(rental: Rental, provider: Provider) -> None:
@@ -129,7 +145,7 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
     """
     if found is not None:
         if rental.record.raw_state is None:
-            rental.save(raw_state=found.raw_state)
+            rental.note(raw_state=found.raw_state)
         return found.state == "gone"
     launched_at = clock.parse(rental.record.launched_at).timestamp() if rental.record.launched_at else 0.0
     return rental.record.raw_state is not None or clock.timestamp() > launched_at + outcome.SETTLED_S

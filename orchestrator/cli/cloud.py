@@ -185,7 +185,8 @@ def _give_back(rental: Rental, say: Any, *, discard: bool) -> errors.GpuError | 
     except errors.GpuError as error:
         click.echo(f"{error.message}\n{error.hint}", err=True)
         rental.reload()
-        return errors.NotReturned(error.message, error.hint) if rental.may_cost else error
+        costs = rental.may_cost and not isinstance(error, errors.NotNoted)
+        return errors.NotReturned(error.message, error.hint) if costs else error
     return None
 
 

@@ -146,3 +146,18 @@ def test_the_machine_that_is_about_to_be_used_is_not_idle(quick: Cloud, counting
     assert rental("a10").record.state == "ready"
     assert rental("other").record.state == "gone"
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+def test_a_worker_that_hangs_is_idle_too(quick: Cloud, counting_run: Callable[..., Run]) -> None:
+    """Its run is stopped, its rows come home, and its machine is given back."""
+    assert gpu(*A10, "--python", sys.executable).returncode == 0
+    run = counting_run(on="a10", count=5, pace_s=600)
+    assert gpu("resume", run.run_id, "--detach").returncode == 0
+    until(lambda: gpu("pull", run.run_id).returncode == 0 and runs.find(run.run_id).record.rows_home == 1)
+    rental().save(ready_at=LONG_AGO, caps={**rental().record.caps, "idle_minutes": 0.001})
+    os.utime(run.home.record, (0, 0))
+    done = gpu("audit")
+    assert done.returncode == 0, done.stderr
+    assert billing(quick) == []
+    record = runs.find(run.run_id).record
+    assert (record.state, record.rows_home) == ("stopped", 1)

@@ -192,6 +192,15 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
     assert "already" not in again.stderr
 
 
+def test_a_typing_error_costs_one_machine(quick: Cloud) -> None:
+    """An interpreter that no machine has ends the launch at the first one, which is given back."""
+    launched = gpu(*A10, "--python", "/opt/nope", waits={"readiness._ADMITTED_S": 0.5})
+    assert launched.returncode == 4, launched.stderr
+    assert "/opt/nope on a10 is no Python that runs" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
 def test_a_budget_is_that_of_the_launch(quick: Cloud) -> None:
     """What a machine cost that was no good is taken off the budget before the next one is rented."""
     quick.fault("boot-unhealthy")

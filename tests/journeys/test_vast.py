@@ -84,7 +84,7 @@ def test_no_secret_of_ours_reaches_the_host(quick: Vast, monkeypatch: pytest.Mon
     """Neither the account's key, nor HF_TOKEN, nor a private key is in any file of the host or body of a request."""
     monkeypatch.setenv("HF_TOKEN", "hf_canary0123456789")
     assert gpu(*LAUNCH).returncode == 0
-    done = gpu("run", "--on", "v", "--environment", "none", "--", "sh", "-c", 'test ${#HF_TOKEN} = 19')
+    done = gpu("run", "--on", "v", "--environment", "none", "--", "sh", "-c", "test ${#HF_TOKEN} = 19")
     assert done.returncode == 0, done.stderr
     own = (machines.folder("v") / "key").read_text().splitlines()[3]
     secrets = [quick.key.encode(), b"hf_canary0123456789", own.encode()]
