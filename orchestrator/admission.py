@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jobs import durable
 from orchestrator import clock, enrolment, ssh, ssh_config
-from orchestrator.errors import ConfigError, HostKeyChanged, NotReachable
+from orchestrator.errors import ConfigError, HostKeyChanged, NotReachable, Refused
 from orchestrator.providers.base import Endpoint, Provider
 from orchestrator.rentals import Rental
 from orchestrator.ssh import SshMachine
@@ -59,9 +59,7 @@ class Door:
         """
         instance_id = self.rental.record.instance_id or ""
         if not self._is_admitted:
-            public_key = (self.rental.folder / "key.pub").read_text(encoding="ascii").strip()
-            self.provider.admit(instance_id, public_key)
-            self._is_admitted = True
+            self._admit(instance_id)
         self._find_ways(instance_id)
         failure: ConfigError | NotReachable | None = None
         for way in self._ways:  # host and port of one way are never mixed with those of another
@@ -73,6 +71,15 @@ class Door:
         if failure:
             raise failure
         return None
+
+    def _admit(self, instance_id: str) -> None:
+        """Have the machine's own key let in; a provider may not know of an instance yet that it lists already."""
+        public_key = (self.rental.folder / "key.pub").read_text(encoding="ascii").strip()
+        try:
+            self.provider.admit(instance_id, public_key)
+        except Refused as error:
+            raise NotReachable(error.message) from None
+        self._is_admitted = True
 
     def _find_ways(self, instance_id: str) -> None:
         """Ask for the ways now and then: an address may change while a machine boots."""

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import guarding, idleness, journey, market, notices, outcome, rentals, returning, runs
+from orchestrator import (
+    clock,
+    guarding,
+    idleness,
+    journey,
+    market,
+    notices,
+    outcome,
+    rentals,
+    returning,
+    runs,
+    tenancy,
+)
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
+from orchestrator.runs import Run
 
 Say = Callable[[str], None]
 
@@ -25,13 +38,21 @@ def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
                 notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, market.account_of(rental), say)
-            elif rental.record.state == "ready" and rental.name != spared and (why := idleness.too_long(rental)):
-                say(f"{rental.name} is idle: {why}")
+            elif rental.record.state == "ready" and rental.name != spared and (why := _why_over(rental)):
+                say(f"{rental.name} {why}")
                 with rental.locked():
                     returning.give_back(rental, market.account_of(rental), say)
         except GpuError as error:
             errors.append(error)
     return errors
+
+
+def _why_over(rental: Rental) -> str:
+    """Why a machine is given back before its deadline, once its rows are home; empty when it is not."""
+    if (until := rental.record.kept_until) is not None:
+        return "" if clock.timestamp() < until else f"was kept until {guarding.moment(until)}, after its run failed"
+    why = idleness.too_long(rental)
+    return f"is idle: {why}" if why else ""
 
 
 def _go_on(rental: Rental, say: Say) -> None:
@@ -54,9 +75,19 @@ def step(say: Say) -> list[GpuError]:
             errors.append(error)
     for run in runs.remembered():
         try:
-            if run.record.state not in runs.ENDED or not all(entry["settled"] for entry in run.record.former):
-                journey.refresh(run)
-                say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+            _look_at(run, say)
         except GpuError as error:
             errors.append(error)
     return errors
+
+
+def _look_at(run: Run, say: Say) -> None:
+    """Bring home what a run has made since; of one that has ended, tell, and give its machine back if that is due."""
+    had_ended = run.record.state in runs.ENDED
+    if not had_ended or not all(entry["settled"] for entry in run.record.former):
+        journey.refresh(run)
+        say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+    if not had_ended:
+        tenancy.tell_end(run)
+    if run.record.terminate and run.record.state in runs.ENDED:
+        tenancy.end_in_turn(run, say)

@@ -218,9 +218,12 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
 
 def _order(rental: Rental, provider: Provider, marker: str) -> Order:
     record = rental.record
+    need = rental.need()
     tags = {MARKER_TAG: marker, "gpu-name": record.name, "gpu-idle-minutes": _tag(rental.caps().idle_minutes)}
     tags |= {"gpu-deadline": _tag(record.deadline), "gpu-guard": record.guard}
-    return Order(marker, record.key_name, _first_boot(rental, provider, marker), tags, rental.need().disk_gb)
+    return Order(
+        marker, record.key_name, _first_boot(rental, provider, marker), tags, need.disk_gb, need.filters.get("image")
+    )
 
 
 def _first_boot(rental: Rental, provider: Provider, marker: str) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator import providers
-from orchestrator.errors import ConfigError, ProviderError
+from orchestrator.errors import ConfigError, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import Rental
 
@@ -70,8 +70,26 @@ def account_of(rental: Rental) -> Provider:
     )
 
 
+def _knowing(found: Sequence[Provider], need: Need) -> list[Provider]:
+    """The clouds that know every filter of a need; UsageError when none does."""
+    able = [account for account in found if set(need.filters) <= set(account.filters)]
+    if not able:
+        known = "; ".join(f"{account.name}: {', '.join(account.filters) or 'none'}" for account in found)
+        raise UsageError(f"No cloud can be asked for {', '.join(need.filters)}. Nothing was rented.", f"Known: {known}")
+    return able
+
+
+def overridden(found: Sequence[Provider], need: Need) -> list[str]:
+    """Which defaults that protect a need does not keep, in lines for a person."""
+    return [f"{account.name}: {words}" for account in _knowing(found, need) for words in account.overridden(need)]
+
+
 def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
-    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not."""
+    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not.
+
+    A cloud that does not know a filter is not asked: what it has cannot be said to fit.
+    """
+    found = _knowing(found, need)
     with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="offers") as pool:
         answers = [pool.submit(account.offers, need) for account in found]
     offered, errors = [], []

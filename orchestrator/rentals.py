@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ class Caps:
         has_end = self.budget_usd is not None and price_usd_per_hour
         bought = math.floor((self.budget_usd or 0.0) / price_usd_per_hour * 60) / 60 if has_end else None
         return min((limit for limit in (self.max_hours, bought) if limit is not None), default=None)
+
+    def less(self, spent: Iterable[ledger.Lease]) -> Caps:
+        """What is left of them after these; 0.0 where that is nothing."""
+        leases = list(spent)
+        hours, usd = sum(lease.hours() for lease in leases), round(sum(lease.usd() for lease in leases), 4)
+        return replace(
+            self,
+            max_hours=None if self.max_hours is None else max(self.max_hours - hours, 0.0),
+            budget_usd=None if self.budget_usd is None else max(self.budget_usd - usd, 0.0),
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,8 @@ class Record:
     gone_at: float | None = None
     deadline: float | None = None
     """When it is given back whatever happens, in seconds since 1970; None: never."""
+    kept_until: float | None = None
+    """After a failed run: idle or not, it is left alone until then, and given back after; None: it is not kept so."""
     guard: str = "laptop"
     key_name: str = ""
     """Of its public key in the account."""
@@ -182,11 +194,8 @@ class Rental:
         return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == newest]
 
     def caps_left(self) -> Caps:
-        """Its limits, less what machines have cost that were given back because they were no good."""
-        caps = self.caps()
-        if caps.budget_usd is None:
-            return caps
-        return replace(caps, budget_usd=max(caps.budget_usd - self.usd(), 0.0))
+        """Its limits, less what machines have taken that were given back because they were no good."""
+        return self.caps().less(self.leases())
 
     def in_words(self) -> str:
         """Kind and region."""

@@ -68,6 +68,7 @@ def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     guard = guarding.explained(account.guard or guarding.chosen())
     is_open = account.guard is None and not guarding.is_chosen()
     return [
+        *market.overridden([account], asked.need),
         f"Rent {offers.in_words(offer)}: {limit}; {idle_words}.",
         f"{hard} Guard: {guard}." + (" Choose another: gpu guard setup" if is_open else ""),
     ]
@@ -156,7 +157,8 @@ def left(rental: Rental) -> str:
     if not rental.may_cost:
         return f"\nLeft {rental.name} as it is; nothing is rented."
     price = rental.price_usd_per_hour or 0.0
+    carry_on = "" if rental.record.state == "stopping" else f"Carry on:       gpu wait {rental.name}\n"
     return (
         f"\nLeft {rental.name} as it is; it MAY COST {price:.2f} USD/h.\n"
-        f"Carry on:       gpu wait {rental.name}\nGive it back:   gpu terminate {rental.name}"
+        f"{carry_on}Give it back:   gpu terminate {rental.name}"
     )

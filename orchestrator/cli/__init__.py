@@ -100,7 +100,7 @@ def main() -> NoReturn:
         _say(error.message, error.hint)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("Interrupted.", "")
+        _say("Interrupted.", _unfinished())
         code = errors.INTERRUPTED
     except BrokenPipeError:  # `gpu runs | head`: the reader has seen enough
         code = errors.DONE
@@ -119,6 +119,18 @@ def _say(message: str, hint: str) -> None:
     print(plain(f"Error: {message}" if message != "Interrupted." else message), file=sys.stderr)  # noqa: T201
     if hint:
         print(plain(hint), file=sys.stderr)  # noqa: T201
+
+
+def _unfinished() -> str:
+    """What Ctrl-C leaves half rented or half given back, which goes on costing money; empty when there is nothing."""
+    import contextlib
+
+    with contextlib.suppress(errors.GpuError, OSError, KeyboardInterrupt):
+        from orchestrator import rentals, renting
+
+        known = [rental for rental in rentals.known() if rental.record.state in ("launching", "stopping")]
+        return "".join(renting.left(rental) for rental in known).strip()
+    return ""
 
 
 def _bug_hint(error: BaseException) -> str:

@@ -235,15 +235,32 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
     finally:
         _show_outcome(run, how)
     tenancy.tell_end(run)
-    if not how["detach"]:
+    if failure or not how["detach"]:
         with _leaving(run):
-            tenancy.after(run, say)
+            _after(run, say, failure)
+    _say_left(run)
     if failure:
         raise failure
     for left in journey.gather(run) if run.record.former else ():
         click.echo(f"{left} did not answer, and may still work on {run.run_id}; ask again: gpu pull", err=True)
     if run.record.state in runs.ENDED:
         advance.raise_if_not_done(run)
+
+
+def _after(run: Run, say: Callable[[str], None], failure: errors.GpuError | None) -> None:
+    """Give its machine back, where that was asked for; should that fail, what came before is said, too."""
+    try:
+        tenancy.after(run, say, failure)
+    except errors.GpuError:
+        if failure:
+            click.echo(plain(f"Error: {failure.message}\n{failure.hint}"), err=True)
+        raise
+
+
+def _say_left(run: Run) -> None:
+    """Say what goes on costing money, however quiet the command is to be."""
+    if words := tenancy.left(run):
+        click.echo(words, err=True)
 
 
 def _go(run: Run, how: dict[str, bool]) -> None:
@@ -311,6 +328,7 @@ def _leaving(run: Run) -> Iterator[None]:
             f"Carry on:  gpu resume {run.run_id}\nStop it:   gpu stop {run.run_id}",
             err=True,
         )
+        _say_left(run)
         raise click.exceptions.Exit(errors.INTERRUPTED) from None
 
 

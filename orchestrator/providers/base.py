@@ -207,11 +207,17 @@ class Provider(Protocol):
     """The guard that every machine of this cloud has; None: the one its user chose."""
     takes_host_key: ClassVar[bool]
     """Whether a machine is given the host key that was made for it; else `host_key` tells which it made itself."""
+    filters: ClassVar[tuple[str, ...]]
+    """What `Need.filters` may name here."""
     can_stop: ClassVar[bool]
     """Whether a machine can be stopped, so that only its disk is billed, and started again."""
 
     def offers(self, need: Need) -> list[Offer]:
         """Every machine of the cloud that may fit, had or not; each is checked against the need by the caller."""
+        ...
+
+    def overridden(self, need: Need) -> list[str]:
+        """The defaults that protect and that a need does not keep, in words. UsageError for a filter without sense."""
         ...
 
     def ensure_key(self, public_key: str, name: str) -> str:

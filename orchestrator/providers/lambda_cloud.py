@@ -53,6 +53,7 @@ class LambdaCloud:
     guard: ClassVar[str | None] = None
     takes_host_key: ClassVar[bool] = True
     can_stop: ClassVar[bool] = False
+    filters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, key: str) -> None:
         self.api_url = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
@@ -66,6 +67,10 @@ class LambdaCloud:
         if not isinstance(data, dict):
             raise ProviderDown(f"{TITLE} could not list its machines: its answer is no catalogue. {_NOTHING}")
         return lambda_answers.offers(data)
+
+    def overridden(self, need: Need) -> list[str]:  # noqa: ARG002 -- there is nothing to override
+        """Nothing: all its machines are its own."""
+        return []
 
     def ensure_key(self, public_key: str, name: str) -> str:
         """Have a public key in the account; returns the name it has there, found by the key itself, not by `name`."""

@@ -15,6 +15,7 @@ from orchestrator.providers import (
     pace,
     vast_answers,
     vast_errors,
+    vast_filters,
     vast_log,
     vast_order,
     vast_search,
@@ -60,6 +61,7 @@ class VastCloud:
     guard: ClassVar[str | None] = "container"
     takes_host_key: ClassVar[bool] = False
     can_stop: ClassVar[bool] = True
+    filters: ClassVar[tuple[str, ...]] = tuple(vast_filters.FILTERS)
 
     def __init__(self, key: str) -> None:
         self._url = (os.environ.get("GPU_VAST_URL") or _URL).rstrip("/")
@@ -84,6 +86,10 @@ class VastCloud:
         if not found:
             found = search.relaxed().offers(self._searched(search.relaxed(), 1))
         return sorted(found, key=lambda offer: (offer.price_usd_per_hour, offer.offer_id))
+
+    def overridden(self, need: Need) -> list[str]:
+        """The defaults that protect and that a need does not keep, in words. UsageError for a filter without sense."""
+        return vast_filters.overridden(need)
 
     def _searched(self, search: Search, pages: int) -> list[Any]:
         """The market's answers, page by page: each begins at the price at which the last one ended."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.cloud.faults import Fault as Fault
-from tests.cloud.instance import Timings as Timings
 from tests.cloud.lambda_cloud import LambdaCloud as LambdaCloud
 from tests.cloud.machines import Machine, SshMachines, need_machines
 from tests.cloud.server import Server as Server
+from tests.cloud.timings import Timings as Timings
 
 
 @dataclass

@@ -20,7 +20,6 @@ import pytest
 from tests import rig
 from tests.cloud import first_boot, libcuda, onboard
 from tests.cloud.answers import Json
-from tests.cloud.catalogue import gpus_of
 from tests.cloud.instance import Instance
 from tests.rig.proxy import free_address
 from tests.rig.sshd import MARK, SYSTEM_PATH, Sshd
@@ -217,7 +216,7 @@ class Machine:
 
 def _gpus(instance: Instance) -> Json:
     """What nvidia-smi is to say on this machine."""
-    real, faults = gpus_of(instance.kind), instance.faults
+    real, faults = instance.gpus, instance.faults
     found: Json = {**dataclasses.asdict(real), "mode": "ok", "seed": instance.instance_id}
     if fault := faults.get("smi-wrong-gpu"):
         found["name"] = fault.detail or "Tesla T4"

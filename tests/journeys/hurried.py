@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +65,7 @@ def shorten() -> None:
 
     for name, value in {**_USUAL, **json.loads(os.environ.get(WAITS, "{}"))}.items():
         module, _, constant = name.rpartition(".")
-        found = importlib.import_module(module)
+        found = pkgutil.resolve_name(module)
         assert hasattr(found, constant), name
         setattr(found, constant, value)
     for name in _LANES:

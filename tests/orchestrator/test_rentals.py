@@ -206,7 +206,8 @@ def test_a_machine_costs_what_it_cost_alone() -> None:
         rental.exists(marker)
         ledger.close_lease(marker, clock.timestamp() + 3600)
     assert rental.usd() == pytest.approx(1.2, abs=0.03)
-    assert rental.caps_left() == replace(TERMS.caps, budget_usd=pytest.approx(3.8, abs=0.03))
+    hours = pytest.approx((TERMS.caps.max_hours or 0.0) - 2, abs=0.03)
+    assert rental.caps_left() == replace(TERMS.caps, budget_usd=pytest.approx(3.8, abs=0.03), max_hours=hours)
     rental.save(caps=vars(Caps(None, None, 1.0)))
     assert rental.caps_left().budget_usd == 0
     assert rental.caps_left().hours(0.6) == 0
