@@ -226,7 +226,8 @@ def watch(settings: dict[str, Any]) -> None:
     """Guard this machine as the settings say. Returns at once when another does; else it ends with the machine."""
     signal.signal(signal.SIGALRM, ring)
     key = os.environ.pop("CONTAINER_API_KEY")  # no child inherits it
-    Watchdog.headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json"}
+    kind = "application/json"
+    Watchdog.headers = {"Authorization": "Bearer " + key, "Content-Type": kind, "User-Agent": "gpu-guard"}
     settings["instance_id"] = str(int(os.environ["CONTAINER_ID"]))
     lock = within(9, hold)
     if lock != "BlockingIOError":

@@ -17,10 +17,11 @@ from orchestrator.plain import plain
 if TYPE_CHECKING:
     from orchestrator.providers.exchange import Answer, Failure
 
-USUAL = "vastai/base-image:stock-ubuntu24.04-py312-2026-09-07"
-"""Made for Vast.ai's way of starting sshd, and kept there by many hosts: Python 3.12, git, rsync, 1.3 GB to pull.
+USUAL = "vastai/base-image@sha256:bf6bb047dbc1105c89a5ac41b9a32205a2f2e022cb24d632d055c5b14a86f7ec"
+"""Made by Vast.ai for its own way of starting sshd: Ubuntu 24.04, CUDA 12.8 and its tools, Python, git, rsync.
 
-It has no CUDA libraries: the driver comes from the host, everything else with PyTorch.
+By its tag cuda-12.8.1-cudnn-devel-ubuntu24.04-py310, as public projects pin it. The driver comes from the host,
+and PyTorch brings the libraries it needs.
 """
 _HUB = "docker.io"
 _HUB_HOST = "registry-1.docker.io"

@@ -163,6 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the core keeps a list of calls."""
 
 
-def as_text(core: Core) -> str:
-    """What the stand-in says of itself, for a person."""
-    return json.dumps(control.report(core), indent=2)
+def as_text(cores: Iterable[Core]) -> str:
+    """What the stand-ins say of themselves, for a person."""
+    return json.dumps({core.place.strip("/"): control.report(core) for core in cores}, indent=2)

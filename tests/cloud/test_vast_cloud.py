@@ -11,6 +11,7 @@ import pytest
 from tests.cloud import Clock, Fault, control
 from tests.cloud.answers import Failure
 from tests.cloud.asking import PUBLIC_KEY
+from tests.cloud.fault_kinds import VAST
 from tests.cloud.vast_asking import (
     HALTED,
     ORDER,
@@ -21,8 +22,10 @@ from tests.cloud.vast_asking import (
     bid_for,
     end,
     launch,
+    offers,
     raw,
     said,
+    shown,
     states,
 )
 from tests.cloud.vast_cloud import VastCloud
@@ -244,6 +247,40 @@ def test_a_way_to_copy_is_opened(vast: VastCloud, clock: Clock) -> None:
     assert ask(vast, "PUT /commands/rsync/", asked | {"src_id": 1})[1]["error"] == "no_such_user"
     vast.faults.add(Fault("no-copy"))
     assert ask(vast, "PUT /commands/rsync/", asked)[0] == 400
+
+
+# --- other answers ----------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_another_version(vast: VastCloud, clock: Clock) -> None:
+    """Unknown fields, null fields and missing fields change how an instance looks, and not what it is."""
+    name = launch(vast)
+    clock.advance(2)
+    plain = shown(vast, name)
+    for what in ("unknown-fields", "null-fields", "bare-instances"):
+        vast.faults.add(Fault(what, times=3))
+        found = shown(vast, name)
+        assert (found["id"], found["label"], found["actual_status"]) == (int(name), "gpu-a", "running")
+        assert found["dph_total"] == plain["dph_total"]
+        if what == "unknown-fields":
+            assert set(found) > set(plain)
+        elif what == "null-fields":
+            assert found["ports"] is found["status_msg"] is None
+            assert said(vast, "GET /v1/instances/")["instances"][0]["ports"] is None
+        else:
+            assert set(plain) > set(found)
+        assert offers(vast)
+        vast.faults.clear()
+    vast.faults.add(Fault("clock-skew", detail=-600))
+    assert raw(vast, "GET /ssh/").headers["Date"] != raw(vast, "GET /ssh/").headers["Date"]
+    assert shown(vast, name) == plain
+
+
+def test_faults_of_another_cloud_are_refused(vast: VastCloud) -> None:
+    """What only the other cloud has is an error at once, not a test in which nothing goes wrong."""
+    with pytest.raises(ValueError, match="no fault 'preempted'"):
+        vast.faults.add(Fault("preempted"))
+    assert "preempted" not in VAST
 
 
 # --- control ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -29,8 +30,8 @@ _CREDIT_DUST = 1e-9
 class Machines(Protocol):
     """What stands behind the instances: containers that can be logged in to. The core works without any."""
 
-    def places(self) -> tuple[Place, Place]:
-        """Free addresses for a new instance: the direct one, and that of its proxy."""
+    def places(self) -> tuple[Place, Place, Callable[[Place], Place]]:
+        """Free addresses for a new instance: the direct one, its proxy's, and what gives another port to the first."""
         ...
 
     def follow(self, instance: VastInstance, now: float) -> None:
@@ -52,6 +53,22 @@ class Machines(Protocol):
     def copy(self, source: VastInstance, source_path: str, target: VastInstance, target_path: str) -> None:
         """Copy from one disk to another."""
         ...
+
+
+class Words:
+    """Addresses for instances that are nothing but words."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self._chance = chance
+
+    def places(self) -> tuple[Place, Place, Callable[[Place], Place]]:
+        """As Machines has it."""
+        host, number = f"203.0.113.{self._chance.randint(1, 254)}", self._chance.randint(1, 9)
+        proxy = Place(f"ssh{number}.vast.ai", self._chance.randint(10000, 19999))
+        return self._port(Place(host, 0)), proxy, self._port
+
+    def _port(self, place: Place) -> Place:
+        return Place(place.host, self._chance.randint(20000, 60000))
 
 
 class VastCloud(Core):
@@ -78,6 +95,7 @@ class VastCloud(Core):
         super().__init__(clock, seed, timings)
         self.key = KEY
         self.machines: Machines | None = None
+        self.words = Words(self.random)
         self.market = Market(lambda: self.clock())
         self.keys = Keys(self)
         self.instances: dict[str, VastInstance] = {}

@@ -10,7 +10,7 @@ from tests.cloud.answers import Answer, Json, as_json
 from tests.cloud.core import Request
 from tests.cloud.faults import FOREVER, Fault
 from tests.cloud.vast_answers import UNAVAILABLE, Refused, no_such_ask
-from tests.cloud.vast_instance import Place, VastInstance
+from tests.cloud.vast_instance import VastInstance
 from tests.cloud.vast_market import Slot
 
 if TYPE_CHECKING:
@@ -55,12 +55,11 @@ def make(cloud: VastCloud, order: Json, slot: Slot, faults: dict[str, Fault]) ->
     """A contract that exists from now on."""
     number = cloud.new_number()
     key = hashlib.sha256(f"{cloud.key}/{number}".encode()).hexdigest()
-    places = cloud.machines.places() if cloud.machines else _places(cloud)
+    places = (cloud.machines or cloud.words).places()
     now = cloud.clock()
     offer = cloud.market.row(slot)
-    one = VastInstance(
-        str(number), order, slot, offer, cloud.market, cloud.timings, now, key, *places, faults, name=order.get("label")
-    )
+    one = VastInstance(str(number), order, slot, offer, cloud.market, cloud.timings, now, key, *places)
+    one.faults, one.name = faults, order.get("label")
     one.bid = vast_ordering.bid(order)
     if "wrong-type" in faults:
         one.bid = None if one.bid is not None else offer["dph_base"]
@@ -75,15 +74,6 @@ def make(cloud: VastCloud, order: Json, slot: Slot, faults: dict[str, Fault]) ->
     cloud.living[one.instance_id] = one
     cloud.settle()
     return one
-
-
-def _places(cloud: VastCloud) -> tuple[Place, Place]:
-    """Where SSH would answer, for an instance that is nothing but words."""
-    host = f"203.0.113.{cloud.random.randint(1, 254)}"
-    proxy = cloud.random.randint(1, 9)
-    return Place(host, cloud.random.randint(20000, 60000)), Place(
-        f"ssh{proxy}.vast.ai", 10000 + cloud.new_number() % 9999
-    )
 
 
 def terminate(cloud: VastCloud, request: Request, number: str) -> Answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -64,7 +65,9 @@ class VastInstance:
     api_key: str
     """May show, stop, start and destroy this one."""
     direct: Place
+    """Its port is another one after each start."""
     proxy: Place
+    new_port: Callable[[Place], Place] = field(repr=False)
     faults: dict[str, Fault] = field(default_factory=dict)
     is_foreign: bool = False
     name: str | None = None
@@ -264,6 +267,8 @@ class VastInstance:
                 self.up_at = at
                 self.first_up_at = at if self.first_up_at is None else self.first_up_at
                 self.starts += 1
+                if self.starts > 1:
+                    self.direct = self.new_port(self.direct)
                 if not self.spells or self.spells[-1].ended is not None:
                     self.spells.append(Spell(at, self.usd_per_hour))
             case "outbid":

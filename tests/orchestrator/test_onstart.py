@@ -20,8 +20,7 @@ from orchestrator import agents, onstart
 from orchestrator.errors import ConfigError
 from orchestrator.providers.base import GuardOrder
 from tests.waiting import until
-from tests.worker import container_cloud as clouds
-from tests.worker.container import HOST_KEY, MARKER, Container
+from tests.worker.container import HOST_KEY, MARKER, Container, contained
 from tests.worker.container_cloud import KEY, ContainerCloud
 
 ACCOUNT_KEY = "account_key_canary_51c0ffee"
@@ -31,16 +30,14 @@ OLDEST = Path.home() / ".pyenv/versions/3.8.18/bin/python3.8"
 
 
 @pytest.fixture
-def cloud() -> Iterator[ContainerCloud]:
-    with clouds.serving() as cloud:
-        yield cloud
+def box(tmp_path: Path) -> Iterator[Container]:
+    with contained(tmp_path) as box:
+        yield box
 
 
 @pytest.fixture
-def box(tmp_path: Path, cloud: ContainerCloud) -> Iterator[Container]:
-    box = Container(tmp_path / "container", cloud)
-    yield box
-    box.power_off()
+def cloud(box: Container) -> ContainerCloud:
+    return box.cloud
 
 
 def unpacked(text: str) -> tuple[dict[str, object], str]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable
-from orchestrator import onstart
+from jobs import durable, rundir
+from orchestrator import agents, machines, onstart
 from orchestrator.providers.base import GuardOrder
+from orchestrator.runs import Run
 from tests.waiting import until
+from tests.worker import container_cloud, machine
 from tests.worker.container_cloud import KEY, OWN, ContainerCloud
 from worker import processes
 
@@ -25,6 +28,8 @@ HOST_KEYS = "/etc/ssh/"
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8Yt0yZ5cVnBoCxAq2RyKfiVhC7p1hTt2b0nS4Zb7Qx"
 PACE = 0.02
 """Of all that the watchdog waits for: what takes ten seconds on a machine takes a fifth of one here."""
+QUICK = PACE / 4
+"""Where nothing is waited for that takes a while in itself, such as an agent's look."""
 SOURCE = Path(__file__).parent.parent.parent / "worker" / "watchdog.py"
 # A Python whose clock is as far ahead as a file says.
 _CLOCK = """#!{python} -I
@@ -139,18 +144,50 @@ class Container:
             child.wait()
 
     def view(self) -> dict[str, Any]:
-        """What the watchdog last wrote down."""
-        return durable.load_news(self.root / "guard" / "status.json")
+        """What the watchdog last wrote down, which is never a part of a document."""
+        found: dict[str, Any] = durable.load_json(self.root / "guard" / "status.json") or {}
+        return found
 
     def seen(self, condition: Callable[[dict[str, Any]], Any], within_s: float = 30.0) -> dict[str, Any]:
         """What the watchdog wrote down, once it is as wanted."""
         found: dict[str, Any] = until(lambda: (view := self.view()) and condition(view) and view, within_s)
         return found
 
-    def have_machine(self, root: Path) -> None:
-        """Let the machine with that folder be this container."""
-        durable.have_folder(root)
-        self.root.symlink_to(root)
+    def have_machine(self) -> None:
+        """Let this container be the machine that this computer is."""
+        if not self.root.exists():
+            durable.have_folder(machines.this_computer().root)
+            self.root.symlink_to(machines.this_computer().root)
+
+    def have_agent(self) -> str:
+        """Have the code installed now on this container; returns its name."""
+        self.have_machine()
+        store = Path(os.environ["GPU_HOME"]) / "agents"
+        name = agents.keep(store)
+        machines.this_computer().push_agent(store, name)
+        return name
+
+    def running(self, counting_run: Callable[..., Run], **params: Any) -> rundir.Run:
+        """A real run that goes on here, with rows."""
+        self.have_machine()
+        run = counting_run(count=100_000, pace_s=0.01, **params)
+        machines.this_computer().push_agent(Path(os.environ["GPU_HOME"]) / "agents", run.record.agent)
+        machine.start(run)
+        there = machine.there(run)
+        until(lambda: there.attempt(1).rows.exists() and there.attempt(1).rows.stat().st_size)
+        return there
+
+
+@contextlib.contextmanager
+def contained(folder: Path) -> Iterator[Container]:
+    """A container and its cloud while the block lasts; at its end, no call was about another machine."""
+    with container_cloud.serving() as cloud:
+        box = Container(folder / "container", cloud)
+        try:
+            yield box
+        finally:
+            box.power_off()
+        assert all(path.endswith(f"/{OWN}/") for _, _, path, _ in cloud.calls)
 
 
 def _words(pid: int) -> bytes:

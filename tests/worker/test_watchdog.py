@@ -1,8 +1,8 @@
-"""A real watchdog, started by the real text, against a provider that fails in every way: it ends its own machine."""
+"""A real watchdog, started by the real text, on a machine that is used, idle, stopped or full: it ends in time."""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import os
 import signal
@@ -15,44 +15,32 @@ from pathlib import Path
 import pytest
 
 from jobs import durable, rundir
-from orchestrator import agents, machines, on_machine
+from orchestrator import machines, on_machine
 from orchestrator.runs import Run
 from tests.waiting import until
-from tests.worker import container_cloud as clouds
-from tests.worker import machine
-from tests.worker.container import PACE, Container
-from tests.worker.container_cloud import FOREIGN, KEY, OWN, ContainerCloud, Fault
+from tests.worker.container import QUICK, Container, contained
+from tests.worker.container_cloud import KEY, ContainerCloud, Fault
 from tests.worker.guarding import RUN, add_row, aged, home
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a rented machine runs Linux")
 HOUR_S = 3600.0
-QUICK = PACE / 4
-"""Where nothing is waited for that takes a while in itself."""
 
 
 @pytest.fixture
-def cloud() -> Iterator[ContainerCloud]:
-    with clouds.serving() as cloud:
-        yield cloud
+def box(tmp_path: Path) -> Iterator[Container]:
+    with contained(tmp_path) as box:
+        yield box
 
 
 @pytest.fixture
-def box(tmp_path: Path, cloud: ContainerCloud) -> Iterator[Container]:
-    box = Container(tmp_path / "container", cloud)
-    yield box
-    box.power_off()
-    assert cloud.instances[FOREIGN] == "running"
-    assert all(path.endswith(f"/{OWN}/") for _, _, path, _ in cloud.calls), "no call was about another machine"
+def cloud(box: Container) -> ContainerCloud:
+    return box.cloud
 
 
 @pytest.fixture
 def agent(box: Container) -> str:
     """The code installed now, on this container."""
-    box.have_machine(machines.this_computer().root)
-    store = Path(os.environ["GPU_HOME"]) / "agents"
-    name = agents.keep(store)
-    machines.this_computer().push_agent(store, name)
-    return name
+    return box.have_agent()
 
 
 @pytest.fixture
@@ -76,16 +64,6 @@ def acknowledge(box: Container, run: rundir.Run, agent: str) -> None:
     assert json.loads(done.stdout)["refused"] == []
 
 
-def running(counting_run: Callable[..., Run], **params: object) -> rundir.Run:
-    """A real run that goes on, with rows."""
-    run = counting_run(count=100_000, pace_s=0.01, **params)
-    machines.this_computer().push_agent(Path(os.environ["GPU_HOME"]) / "agents", run.record.agent)
-    machine.start(run)
-    there = machine.there(run)
-    until(lambda: there.attempt(1).rows.exists() and there.attempt(1).rows.stat().st_size)
-    return there
-
-
 def wait_for_looks(box: Container, count: int) -> None:
     """Return when the watchdog has written down that often how it stands."""
     for _ in range(count):
@@ -97,8 +75,7 @@ def test_at_the_deadline_runs_are_sealed_and_then_the_machine_is_ended(
     box: Container, cloud: ContainerCloud, counting_run: Callable[..., Run]
 ) -> None:
     """The worker is stopped cleanly by the newest agent, and sealed; only then is the machine destroyed."""
-    box.have_machine(machines.this_computer().root)
-    there = running(counting_run)
+    there = box.running(counting_run)
     broken = box.root / "agent" / "older" / "worker" / "__main__.py"
     broken.parent.mkdir(parents=True)
     broken.write_text("raise SystemExit('an agent of the past')")
@@ -119,9 +96,9 @@ def test_a_worker_that_will_not_stop_holds_the_end_up_for_its_grace_only(
     box: Container, cloud: ContainerCloud, counting_run: Callable[..., Run]
 ) -> None:
     """A stop that takes longer than it may is left to itself; the machine is ended all the same."""
-    box.have_machine(machines.this_computer().root)
+    box.have_machine()
     entry = box.root / "agent" / "newest" / "worker" / "__main__.py"
-    running(counting_run, ignore_term=True)
+    box.running(counting_run, ignore_term=True)
     entry.parent.mkdir(parents=True)
     entry.write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()")
     os.utime(entry, (time.time() + 60, time.time() + 60))
@@ -160,8 +137,7 @@ def test_an_end_is_called_off_when_the_deadline_moves_while_runs_are_stopped(
     box: Container, cloud: ContainerCloud, counting_run: Callable[..., Run]
 ) -> None:
     """Somebody who extends the deadline while the runs are being stopped keeps the machine."""
-    box.have_machine(machines.this_computer().root)
-    there = running(counting_run, ignore_term=True)
+    there = box.running(counting_run, ignore_term=True)
     box.start(deadline=time.time(), grace_s=1.0)
     until(there.attempt(1).stop.exists)
     durable.save_json(box.root / "guard" / "deadline.json", {"deadline": time.time() + HOUR_S})
@@ -271,117 +247,6 @@ def test_a_look_that_fails_ends_nothing_and_holds_nothing_up(
     assert (cloud.asked("DELETE")[0] >= box.settings["deadline"], cloud.stopped()) == (True, [])
 
 
-AUTH = b'{"success": false, "error": "auth_error", "msg": "Invalid user key"}'
-FAULTS = {
-    "404-auth": [Fault("DELETE", 404, AUTH), Fault("DELETE", 401, AUTH), Fault("DELETE", 403, b"<html>")],
-    "200-but-no": [Fault("DELETE", 200, AUTH), Fault("DELETE", 200, b"[]"), Fault("DELETE", 200, b"<html>")],
-    "429": [Fault("DELETE", 429, b"API requests too frequent"), Fault("DELETE", 429, b"", {"Retry-After": "1"})],
-    "5xx": [Fault("DELETE", 500), Fault("DELETE", 502), Fault("DELETE", 503, b"{}")],
-    "hang": [Fault("GET", hang=True), Fault("DELETE", hang=True)],
-    "drip": [Fault("GET", drip=True), Fault("DELETE", drip=True)],
-    "late": [Fault("DELETE", 500, late=True)],
-    "redirect": [Fault("DELETE", 301, b"", {"Location": "http://127.0.0.1:9/"}), Fault("GET", 308, b"")],
-    "odd": [Fault("DELETE", 200, b"[" * 99_999), Fault("DELETE", 400, b'{"error": {}}', {"Date": "soon"})],
-    "odd-waits": [Fault("DELETE", 429, b"", {"Retry-After": wait}) for wait in ("nan", "-9", "Sat, 21 Nov 2026")],
-}
-
-
-@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
-def test_a_provider_that_fails_is_asked_until_it_does_it(
-    box: Container, cloud: ContainerCloud, faults: list[Fault]
-) -> None:
-    """After each kind of failure it says what was in the way, and asks on, until its machine is ended."""
-    cloud.faults = list(faults)
-    box.start(deadline=time.time() - 1, pace=QUICK)
-    if faults[0].method == "DELETE" and not faults[0].late:
-        seen = box.seen(lambda view: view.get("last_error"))
-        assert seen["phase"] == "ending", "what was refused has not begun"
-        assert "html" not in seen["last_error"]
-    until(lambda: not cloud.faults and box.view().get("phase") == "ended")
-    at = cloud.asked("DELETE")
-    assert cloud.instances[OWN] == "gone"
-    if "Retry-After" in faults[-1].headers and faults[-1].headers["Retry-After"] == "1":
-        assert at[2] - at[1] >= 0.95, "it waits for as long as it was told to"
-
-
-def test_an_end_that_does_not_come_is_asked_for_with_growing_pauses(box: Container, cloud: ContainerCloud) -> None:
-    """As long as the machine lives, its end is asked for again, each time after a longer pause; gone is no error."""
-    box.start(deadline=time.time() - 1)
-    until(lambda: len(cloud.ended()) >= 4)
-    pauses = [later - sooner for sooner, later in itertools.pairwise(cloud.asked("DELETE"))]
-    assert all(longer > shorter > 8 * PACE for shorter, longer in itertools.pairwise(pauses))
-    assert box.seen(lambda view: view["phase"] == "ended" and not view["last_error"])
-
-
-def test_a_key_that_is_refused_is_said_and_never_an_end(box: Container, cloud: ContainerCloud) -> None:
-    """`404 auth_error` is no instance that is gone: it stands in what the laptop reads, for as long as it is so."""
-    box.env["CONTAINER_API_KEY"] = "0" * 64
-    box.start(deadline=time.time() + 1)
-    seen = box.seen(lambda view: view.get("last_error"))
-    assert (seen["phase"], seen.get("answered_at")) == ("armed", None)
-    assert seen["last_error"].endswith("HTTP 404 auth_error")
-    until(lambda: len(cloud.ended()) >= 2)
-    assert box.view()["phase"] == "ending"
-    assert cloud.instances[OWN] == "running"
-
-
-@pytest.mark.slow
-def test_rows_are_sealed_at_the_deadline_though_the_provider_is_silent(
-    box: Container, cloud: ContainerCloud, counting_run: Callable[..., Run]
-) -> None:
-    """When nothing answers at the deadline, runs are stopped in time all the same; then it asks on."""
-    box.have_machine(machines.this_computer().root)
-    there = running(counting_run)
-    cloud.faults = [Fault("GET", hang=True) for _ in range(3)]
-    box.start(deadline=time.time() + 0.3, pace=QUICK)
-    until(there.attempt(1).exit.exists)
-    until(cloud.ended)
-
-
-def test_a_clock_that_is_set_back_puts_no_deadline_off(box: Container, cloud: ContainerCloud) -> None:
-    """Set back by a day while the watchdog runs and the provider is silent: the end is asked for in time."""
-    box.set_clock(0)
-    deadline = time.time() + 1.5
-    box.start(deadline=deadline)
-    box.seen(lambda view: view.get("answered_at"))
-    box.set_clock(-86_400)
-    until(cloud.ended)
-    assert deadline <= cloud.asked("DELETE")[0] < deadline + 10
-
-
-@pytest.mark.parametrize("ahead_s", [-86_400.0, 86_400.0], ids=["behind", "ahead"])
-def test_a_clock_that_was_wrong_at_the_start_is_mended(box: Container, cloud: ContainerCloud, ahead_s: float) -> None:
-    """Before it ends anything it hears from the provider what time it is: not too soon and not too late."""
-    box.set_clock(ahead_s)
-    cloud.faults = [Fault("GET", hang=True)]  # and not from the first answer
-    deadline = time.time() + 2.5
-    box.start(deadline=deadline, epoch=time.time() - 900_000, pace=QUICK)
-    box.seen(lambda view: view.get("answered_at") and view["phase"] == "armed")
-    assert cloud.ended() == []
-    until(cloud.ended)
-    assert deadline - 1 <= cloud.asked("DELETE")[0] < deadline + 10
-
-
-def test_a_wall_clock_ahead_is_a_doubt_that_the_provider_settles(box: Container, cloud: ContainerCloud) -> None:
-    """A clock that jumps ahead may have slept with its machine: the provider is asked soon, and what it says counts."""
-    box.set_clock(0)
-    box.start(deadline=time.time() + HOUR_S, pace=QUICK / 2)
-    box.seen(lambda view: view.get("answered_at"))
-    box.set_clock(2 * HOUR_S)
-    asked = len(cloud.asked("GET"))
-    until(lambda: len(cloud.asked("GET")) > asked)
-    assert (cloud.ended(), box.view()["phase"]) == ([], "armed")
-    cloud.clock_ahead_s = 2 * HOUR_S
-    until(cloud.ended)
-
-
-def test_the_providers_clock_decides(box: Container, cloud: ContainerCloud) -> None:
-    """When the provider says that the deadline has passed, it has, whatever the clock here shows."""
-    cloud.clock_ahead_s = 2 * HOUR_S
-    box.start(deadline=time.time() + HOUR_S)
-    until(cloud.ended)
-
-
 def test_the_key_is_nowhere(box: Container, cloud: ContainerCloud, agent: str, run: rundir.Run) -> None:
     """No child's words or environment, no file and nothing that was printed holds the key; nor do any words of ours."""
     echo = json.dumps({"success": False, "error": KEY, "msg": f"x {KEY}"}).encode()
@@ -389,13 +254,15 @@ def test_the_key_is_nowhere(box: Container, cloud: ContainerCloud, agent: str, r
     box.start(idle_limit_s=1.0)
     guard = box.watchdog()
     seen = {}
-    while not cloud.stopped():
+
+    def look_round() -> bool:
         for pid in box.pids():
-            try:
+            with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes()
                 seen[words] = Path(f"/proc/{pid}/environ").read_bytes()
-            except OSError:
-                continue
+        return bool(cloud.stopped())
+
+    until(look_round)
     looks = [environ for words, environ in seen.items() if b"worker/__main__.py" in words]
     assert looks, "the looks of the watchdog were seen"
     assert not [environ for environ in looks if KEY.encode() in environ]
@@ -405,20 +272,6 @@ def test_the_key_is_nowhere(box: Container, cloud: ContainerCloud, agent: str, r
     for path in [*box.folder.rglob("*"), *machines.this_computer().root.rglob("*")]:
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
-
-
-@pytest.mark.parametrize(
-    "env",
-    [{}, {"CONTAINER_ID": OWN}, {"CONTAINER_API_KEY": KEY}]
-    + [{"CONTAINER_API_KEY": KEY, "CONTAINER_ID": odd} for odd in ("", f"{OWN}/../{FOREIGN}", f"C.{OWN}")],
-    ids=["nothing", "no-key", "no-id", "empty", "path", "label"],
-)
-def test_nothing_is_ended_by_a_guess(box: Container, cloud: ContainerCloud, env: dict[str, str]) -> None:
-    """Without a key and a number of its own there is no watchdog that looks alive, and nobody is asked anything."""
-    box.env = env
-    box.start_source(deadline=time.time() - 1)
-    until(lambda: box.log().count("Error") and not box.pids())
-    assert (cloud.calls, (box.root / "guard").exists()) == ([], False)
 
 
 def test_one_watchdog_a_machine(box: Container, cloud: ContainerCloud, agent: str) -> None:

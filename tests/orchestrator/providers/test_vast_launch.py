@@ -91,8 +91,16 @@ def test_what_a_launch_says_of_disk_and_bid(vast: VastCloud, server: Server) -> 
     assert sent == [(0.16, 101), (None, 50), (None, 50)]
 
 
-def test_the_usual_image_is_pinned_too(vast: VastCloud, server: Server) -> None:
-    """Without an image in the order, the usual one is looked up in its registry before the request, and once."""
+def test_the_usual_image_needs_no_registry(vast: VastCloud, server: Server) -> None:
+    """Without an image in the order, the usual one is sent, pinned, and nobody is asked what it is."""
+    server.usual = lambda _: CREATED
+    vast.launch(OFFER, replace(ORDER, image=None))
+    assert server.paths() == ["PUT /api/v0/asks/7654321/"]
+    assert server.asked[-1].body["image"] == images.USUAL
+
+
+def test_an_image_by_its_tag_is_pinned_before_the_request(vast: VastCloud, server: Server) -> None:
+    """An image named by a tag is looked up in its registry before the request, once, without a key of ours."""
     digest = "sha256:" + "cd" * 32
 
     def answer(asked: Asked) -> Scripted:
@@ -100,8 +108,8 @@ def test_the_usual_image_is_pinned_too(vast: VastCloud, server: Server) -> None:
 
     server.usual = answer
     for _ in range(2):
-        vast.launch(OFFER, replace(ORDER, image=None))
-    name, _, tag = images.USUAL.partition(":")
+        vast.launch(OFFER, replace(ORDER, image="vastai/base-image:cuda-13"))
+    name, tag = "vastai/base-image", "cuda-13"
     assert server.paths() == [f"HEAD /v2/{name}/manifests/{tag}", *["PUT /api/v0/asks/7654321/"] * 2]
     assert server.asked[-1].body["image"] == f"{name}@{digest}"
     assert "Authorization" not in server.asked[0].headers
