@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import re
 from typing import Any, ClassVar
 
-from orchestrator import clock
+from orchestrator import clock, onstart
 from orchestrator.errors import ConfigError, GpuError, LaunchUnknown, NoCapacity, ProviderDown, Refused
 from orchestrator.providers import (
     images,
@@ -328,7 +327,7 @@ class VastCloud:
 
         The log lies where everybody may read it who knows its address: it is asked for as nobody, there alone.
         """
-        body = {"tail": "1000", "filter": vast_answers.HOST_KEY_PREFIX.strip()}
+        body = {"tail": "1000", "filter": onstart.HOST_KEY_PREFIX.strip()}
         path = f"/v0/instances/request_logs/{_checked(instance_id)}/"
         reply = self._client.repeat(Call("PUT", path, body, lane=_LOGS, needs="result_url"))
         if reply.outcome == "refused" and reply.status == 404 and not vast_errors.is_key_refused(reply):
@@ -345,8 +344,7 @@ class VastCloud:
         """
         if guard is None:
             raise ConfigError(f"Every machine at {TITLE} has a guard; this one was given none. Nothing was rented.")
-        module = importlib.import_module("orchestrator.onstart")
-        return str(module.onstart(dataclasses.replace(guard, key="")))
+        return onstart.onstart(dataclasses.replace(guard, key=""))
 
     def _done(self, call: Call, doing: str) -> Reply:
         """The answer of a call that may be repeated, when it is a good one; else the error that says why it is none."""

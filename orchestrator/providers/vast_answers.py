@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.onstart import HOST_KEY_PREFIX
 from orchestrator.plain import plain
 from orchestrator.providers.base import Endpoint, Instance, State, marker_of
 from orchestrator.providers.client import Complaint
@@ -22,8 +23,6 @@ NO_FUNDS = ("missing_billing", "insufficient_credit", "spend_rate_limit")
 QUOTA = "search_quota_exceeded"
 QUEUED = "required resources are currently unavailable"
 """How it answers a start when the GPUs are in other hands; it would be started whenever they are free."""
-HOST_KEY_PREFIX = "gpu-host-key: "
-"""What begins the line by which a start script tells the machine's host key in its log."""
 _LIMITED = ("rate_limit_exceeded", QUOTA)
 _TOO_OFTEN = "api requests too frequent"
 _AUTH_WORDS = ("auth_error", "invalid user key", "session expired", "please log in", "authentication credentials")

@@ -111,4 +111,4 @@ def end_error(client: Client, reply: Reply, instance_id: str) -> GpuError:
 
 
 def _could_not(client: Client, reply: Reply, doing: str) -> str:
-    return client.hide(f"{TITLE} could not {doing}: {reply.words}") + "."
+    return client.hide(f"{TITLE} could not {doing}: {reply.words}").rstrip(".") + "."

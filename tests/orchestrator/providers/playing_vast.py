@@ -182,7 +182,6 @@ UNCLEAR: dict[str, Scripted] = {
     "no content": Scripted(204, b""),
     "html": Scripted(200, HTML),
     "not a number": Scripted(200, b'{"success": NaN}'),
-    "deep": Scripted(200, b"[" * 200_000),
     "closed": Scripted(fault="close"),
     "reset": Scripted(fault="reset"),
     "half": Scripted(200, {"success": True, "id": 1, "instances": None, "offers": []}, fault="half"),

@@ -56,12 +56,18 @@ ABSENT = {
 OUTCOMES: list[tuple[dict[str, Scripted], type[GpuError], int]] = [
     (BAD_KEY, AuthRejected, 1),
     (REFUSED, Refused, 1),
-    (LIMITED, RateLimited, client.TRIES),
-    (UNCLEAR, ProviderDown, client.TRIES),
+    (LIMITED, RateLimited, 2),
+    (UNCLEAR, ProviderDown, 2),
     (MOVED, ProviderDown, 1),
 ]
 
 
+@pytest.fixture
+def _soon_tired(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TRIES", 2)
+
+
+@pytest.mark.usefixtures("_soon_tired")
 @pytest.mark.parametrize(("forms", "becomes", "asked"), OUTCOMES, ids=["key", "refused", "limited", "unclear", "moved"])
 @pytest.mark.parametrize("name", ASKS)
 def test_what_fails_is_told_apart(

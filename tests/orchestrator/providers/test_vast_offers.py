@@ -306,7 +306,7 @@ def test_an_image_that_was_typed_is_looked_at_first(vast: VastCloud, server: Ser
     assert [asked.method for asked in server.asked] == ["HEAD"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.dictionaries(st.sampled_from(sorted(ENTRY)), JSON, max_size=8) | JSON, max_size=4),
     st.sampled_from([Need(), Need(spot=True), Need(spot=True, bid_usd_per_hour=0.2), Need(hours=3, count=None)]),

@@ -60,7 +60,7 @@ BODIES: list[Callable[[str], Any]] = [
 ]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=14, max_size=60),
     st.sampled_from([200, 301, 400, 401, 403, 404, 408, 410, 429, 500]),

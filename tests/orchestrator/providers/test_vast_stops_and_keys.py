@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import replace
 
 import pytest
 
+from orchestrator import onstart
 from orchestrator.errors import ConfigError, LaunchUnknown, NoCapacity, Refused
-from orchestrator.providers import vast_answers
+from orchestrator.providers import vast_order
 from orchestrator.providers.base import GuardOrder, HostKey
 from orchestrator.providers.vast import VastCloud
 from tests.orchestrator.providers.loopback import HTML, Scripted, Server, Time
@@ -86,13 +85,11 @@ def test_a_start_script_never_has_the_accounts_key(vast: VastCloud, monkeypatch:
     """Whatever a guard is told, the account's key is not among it; a machine without a guard is not rented."""
     told: list[GuardOrder] = []
 
-    def onstart(guard: GuardOrder) -> str:
+    def kept(guard: GuardOrder) -> str:
         told.append(guard)
         return "echo"
 
-    module = types.ModuleType("orchestrator.onstart")
-    module.onstart = onstart  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "orchestrator.onstart", module)
+    monkeypatch.setattr(onstart, "onstart", kept)
     assert vast.start_script(HostKey("private", "public"), GUARD) == "echo"
     assert told == [replace(GUARD, key="")]
     with pytest.raises(ConfigError, match="guard"):
@@ -101,13 +98,12 @@ def test_a_start_script_never_has_the_accounts_key(vast: VastCloud, monkeypatch:
 
 def test_the_real_start_script_fits(vast: VastCloud) -> None:
     """The start script that is sent is short enough, has no secret, and tells its host key as it is looked for."""
-    onstart = pytest.importorskip("orchestrator.onstart")
     text = vast.start_script(HostKey("a-private-host-key", "public"), GUARD)
-    assert len(text.encode()) < 4000
+    assert len(text.encode()) < vast_order.SCRIPT_MAX
+    assert onstart.MAX_CHARS < vast_order.SCRIPT_MAX
     assert "an-account-key-0123" not in text
     assert "a-private-host-key" not in text
-    assert vast_answers.HOST_KEY_PREFIX in text
-    assert onstart is not None
+    assert onstart.HOST_KEY_PREFIX in text
 
 
 def test_what_the_cloud_says_of_itself(vast: VastCloud, server: Server, time: Time) -> None:
