@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from tests.worker.container_cloud import FOREIGN, KEY, OWN, ContainerCloud, Faul
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a rented machine runs Linux")
 HOUR_S = 3600.0
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
@@ -164,3 +166,24 @@ def test_nothing_is_ended_by_a_guess(box: Container, cloud: ContainerCloud, env:
     box.start_source(deadline=time.time() - 1)
     until(lambda: box.log().count("Error") and not box.pids())
     assert (cloud.calls, (box.root / "guard").exists()) == ([], False)
+
+
+STUBBORN = """
+import signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from worker import watchdog
+def work():
+    try:
+        time.sleep(60)
+    except TimeoutError:
+        time.sleep(60)  # as one waits for a killed child that a driver does not let go
+signal.signal(signal.SIGALRM, watchdog.ring)
+began = time.monotonic()
+print(watchdog.within(0.2, work), time.monotonic() - began < 20)
+"""
+
+
+def test_what_will_not_be_given_up_is_given_up_again() -> None:
+    """Work that waits on after its time, as for a child that cannot die, is interrupted once more, and left."""
+    done = subprocess.run([sys.executable, "-c", STUBBORN, str(ROOT)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["TimeoutError", "True"]
