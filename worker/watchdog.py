@@ -53,7 +53,8 @@ class Watchdog:
 
     headers: dict[str, str] = {}  # noqa: RUF012 -- the key: of the class, and so never written down
     deadline = deadline_max = idle_limit_s = NEVER
-    pace: float = 1  # of all waiting: tests are in a hurry
+    pace: float = 1  # of all pauses: tests are in a hurry
+    patience_s: float = 60  # a look, a call, or a stop beyond its grace that takes longer is given up
     terminals, processes = "/dev/pts", "/proc"
     token: object = None
     heard = False
@@ -130,7 +131,7 @@ class Watchdog:
         """See how idle the machine is; after a look that fails, or takes too long, nobody knows."""
         self.looked = time.monotonic()
         self.idle_s: float | None = None
-        self.why = [within(90 * self.pace, self.look)]
+        self.why = [within(self.patience_s, self.look)]
 
     def look(self) -> str:
         """Take over what the agent says of how idle the machine is and of what is not home; returns the last uses.
@@ -169,7 +170,7 @@ class Watchdog:
         if self.ended_by == "idle":
             self.measure()
         elif self.reason():
-            within(self.grace_s + 60 * self.pace, self.stop_runs)  # a while, in which the deadline may be moved
+            within(self.grace_s + self.patience_s, self.stop_runs)  # a while, in which the deadline may be moved
         within(9, self.read_deadline)
         if self.heard and self.reason() == self.ended_by:
             # What is not home is never destroyed because nobody uses it: only its disk costs on.
@@ -194,7 +195,7 @@ class Watchdog:
     def ask(self, phase: str, method: str, body: str | None = None) -> bool:
         """Whether the provider did this with our own machine, and so began a phase; what was in the way is noted."""
         self.asked, self.rest_s = time.monotonic(), 0
-        trouble = within(60 * self.pace, lambda: self.call(method, body))
+        trouble = within(self.patience_s, lambda: self.call(method, body))
         self.last_error = trouble and self.stamp() + " " + trouble
         if not trouble:
             self.phase, self.answered_at = phase, self.stamp()

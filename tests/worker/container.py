@@ -29,7 +29,7 @@ HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8Yt0yZ5cVnBoCxAq2RyKfiVhC7p1hT
 PACE = 0.02
 """Of all that the watchdog waits for: what takes ten seconds on a machine takes a fifth of one here."""
 QUICK = PACE / 4
-"""Where nothing is waited for that takes a while in itself, such as an agent's look."""
+"""Where the pauses are many."""
 SOURCE = Path(__file__).parent.parent.parent / "worker" / "watchdog.py"
 # A Python whose clock is as far ahead as a file says.
 _CLOCK = """#!{python} -I

@@ -103,7 +103,7 @@ def test_a_worker_that_will_not_stop_holds_the_end_up_for_its_grace_only(
     entry.write_text("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.pause()")
     os.utime(entry, (time.time() + 60, time.time() + 60))
     began = time.time()
-    box.start(deadline=began, grace_s=1.0, pace=QUICK)
+    box.start(deadline=began, grace_s=1.0, patience_s=0.5)
     until(cloud.ended)
     assert cloud.asked("DELETE")[0] - began >= 1.0
 
@@ -112,18 +112,16 @@ def test_the_deadline_is_moved_by_the_laptops_own_words(box: Container, cloud: C
     """Read back and moved through the agent as ever: to later, not beyond the latest, durably; and to sooner."""
     this = machines.this_computer()
     assert on_machine.view(this, agent)["alive"] is False
-    soon, late = time.time() + 1.2, time.time() + HOUR_S
+    soon, late = time.time() + 0.5 * HOUR_S, time.time() + HOUR_S
     box.start(deadline=soon, deadline_max=late)
     box.seen(lambda view: view.get("answered_at"))
     told = on_machine.view(this, agent)
     assert (told["alive"], told["phase"], told["deadline"], told["last_error"]) == (True, "armed", soon, None)
     assert on_machine.move_deadline(this, agent, late + 9999)["deadline"] == late
     box.seen(lambda view: view["deadline"] == late)
-    box.seen(lambda view: time.time() > soon + 0.3 and view["phase"] == "armed")
-    assert cloud.ended() == []
     box.power_off()
     before = box.view()["pid"]
-    box.start()
+    box.start(deadline=time.time() - 1)
     box.seen(lambda view: view["pid"] != before and view["deadline"] == late)
     for spoilt in (b"{", b"[]", b"null", b'{"deadline": null}', b'{"deadline": "x"}'):
         durable.replace_whole(box.root / "guard" / "deadline.json", spoilt)
@@ -172,11 +170,13 @@ def test_the_hard_deadline_destroys_whatever_is_not_home(
     box: Container, cloud: ContainerCloud, agent: str, run: rundir.Run
 ) -> None:
     """What an idle machine is kept for, it is not kept for beyond its deadline."""
-    box.start(idle_limit_s=0.3, deadline=time.time() + 2, pace=QUICK)
+    box.start(idle_limit_s=0.3, deadline=time.time() + HOUR_S)
     until(cloud.stopped)
     assert cloud.ended() == []
+    deadline = time.time() + 0.3
+    on_machine.move_deadline(machines.this_computer(), agent, deadline)
     until(cloud.ended)
-    assert cloud.asked("DELETE")[0] >= box.settings["deadline"]
+    assert cloud.asked("DELETE")[0] >= deadline
 
 
 def test_rows_that_come_keep_the_machine_whatever_the_clock_says(
@@ -239,7 +239,7 @@ def test_a_look_that_fails_ends_nothing_and_holds_nothing_up(
     entry = box.root / "agent" / "0" / "worker" / "__main__.py"
     entry.parent.mkdir(parents=True)
     entry.write_text(program)
-    box.start(idle_limit_s=0.01, deadline=time.time() + 1, pace=QUICK)
+    box.start(idle_limit_s=0.01, deadline=time.time() + 1, pace=QUICK, patience_s=0.5)
     seen = box.seen(lambda view: view.get("why"))
     assert seen["idle_s"] is None
     assert seen["why"][0].endswith(("Error", "Exception"))
@@ -333,8 +333,9 @@ def test_it_guards_though_nothing_can_be_written(box: Container, cloud: Containe
 
 def test_the_source_does_what_the_text_does(box: Container, cloud: ContainerCloud, agent: str, run: rundir.Run) -> None:
     """Started from its source, it stops an idle machine with rows and ends it at its deadline, as from the text."""
-    box.start_source(idle_limit_s=0.3, deadline=time.time() + 2, pace=QUICK)
+    box.start_source(idle_limit_s=0.3, deadline=time.time() + HOUR_S)
     until(cloud.stopped)
     assert cloud.ended() == []
+    on_machine.move_deadline(machines.this_computer(), agent, time.time())
     until(cloud.ended)
     assert (box.log(), box.seen(lambda view: view["phase"] == "ended")["ended_by"]) == ("", "deadline")
