@@ -29,9 +29,10 @@ class Keys:
         self._last_id = 700
 
     def attached(self, public: str) -> Key:
-        """A key that is attached to an instance now."""
-        self._last_id += 1
-        return Key(self._last_id, public, self._cloud.clock() + self._cloud.timings.key_delay_s)
+        """A key that is attached to an instance now, by its id in the account where it is there."""
+        known = (number for number, key in self.account.items() if _blob(str(key["key"])) == _blob(public))
+        number = next(known, 0) or self._new_id()
+        return Key(number, public, self._cloud.clock() + self._cloud.timings.key_delay_s)
 
     def account_publics(self) -> list[str]:
         """The public keys of the account."""
@@ -39,11 +40,15 @@ class Keys:
 
     def add(self, public: str) -> Json:
         """Have a key in the account; returns it."""
-        self._last_id += 1
+        number = self._new_id()
         at = datetime.fromtimestamp(self._cloud.clock(), UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        key = {"id": self._last_id, "user_id": USER_ID, "key": public, "created_at": at, "deleted_at": None}
-        self.account[self._last_id] = key
+        key = {"id": number, "user_id": USER_ID, "key": public, "created_at": at, "deleted_at": None}
+        self.account[number] = key
         return key
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
 
 
 def listed(cloud: VastCloud, request: Request) -> Answer:
