@@ -9,6 +9,7 @@ from orchestrator import (
     clock,
     enrolment,
     guarding,
+    inventory,
     market,
     money,
     notices,
@@ -199,6 +200,7 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
         instance_id=None,
         host=None,
         raw_state=None,
+        ready_at=None,
     )
     try:
         rental.exists(provider.launch(offer, order))
@@ -243,11 +245,22 @@ def _came_to_nothing(rental: Rental, why: str) -> None:
     rental.save(state="planned", tried=[*rental.record.tried, {"offer": rental.record.offer["offer_id"], "why": why}])
 
 
+def _keep_if_rows(rental: Rental, error: LaunchFailed) -> None:
+    """Raise MayCost for a machine that was ready before, and has rows that are not home: it is not given back."""
+    if rental.record.ready_at and (left := inventory.not_home(rental.name)):
+        raise MayCost(
+            f"{error.message} {rental.name} has rows of {', '.join(left)} that are not home, so it is kept, and GOES ON "
+            "COSTING money.",
+            f"Try again: gpu wait {rental.name}. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
 def climb(rental: Rental, provider: Provider, say: Say) -> None:
     """Up to ready; a machine that is not worth keeping is given back, its offer excluded, and another one tried."""
     try:
         readiness.climb(rental, provider, say)
     except LaunchFailed as error:
+        _keep_if_rows(rental, error)
         say(f"  {error.message} It is given back.")
         is_over = guarding.is_past(rental)
         returning.end(rental, provider, say)

@@ -164,6 +164,8 @@ def _active(up: _Climb, offer: Offer) -> str:
         found = _instance(up)
         if found is None or found.state in ("gone", "stopping"):
             raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
+        if found.state == "stopped" and up.rental.record.ready_at:  # it was started again, and what is said lags behind
+            return None
         if found.failure or found.state in ("unhealthy", "stopped"):
             why = found.failure or found.raw_state
             raise LaunchFailed(f"{up.rental.name}, by its provider's own word: {plain(why)}.")
