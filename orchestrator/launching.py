@@ -249,8 +249,8 @@ def _keep_if_rows(rental: Rental, error: LaunchFailed) -> None:
     """Raise MayCost for a machine that was ready before, and has rows that are not home: it is not given back."""
     if rental.record.ready_at and (left := inventory.not_home(rental.name)):
         raise MayCost(
-            f"{error.message} {rental.name} has rows of {', '.join(left)} that are not home, so it is kept, and GOES ON "
-            "COSTING money.",
+            f"{error.message} {rental.name} has rows of {', '.join(left)} that are not home, so it is kept, and "
+            "GOES ON COSTING money.",
             f"Try again: gpu wait {rental.name}. To give up what is there: gpu terminate {rental.name} --discard",
         )
 

@@ -25,7 +25,10 @@ from tests.orchestrator.providers.loopback import Time, closed_port
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAICN+lJwsONkwrdsSnQsu1ydUkIuIg5oOC+Eslvmtt60T"
 OTHER_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIDN+lJwsONkwrdsSnQsu1ydUkIuIg5oOC+Eslvmtt60U"
-CLOUDS = {"lambda": ("light_cloud", "LAMBDA_API_KEY", "GPU_LAMBDA_URL")}
+CLOUDS = {
+    "lambda": ("light_cloud", "LAMBDA_API_KEY", "GPU_LAMBDA_URL"),
+    "vast": ("light_vast", "VAST_API_KEY", "GPU_VAST_URL"),
+}
 """Each cloud with the fixture that plays it, and where its key and its address are given."""
 PAID = "launch"
 """Found in the paid call of every cloud, as its stand-in names it."""
