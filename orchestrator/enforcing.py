@@ -54,7 +54,7 @@ def step(say: Say) -> list[GpuError]:
             errors.append(error)
     for run in runs.remembered():
         try:
-            if run.record.state not in runs.ENDED or not all(entry["settled"] for entry in run.record.former):
+            if run.record.state not in runs.ENDED or not runs.is_settled(run):
                 journey.refresh(run)
                 say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
         except GpuError as error:

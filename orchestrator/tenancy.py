@@ -34,12 +34,13 @@ def next_name(run: Run) -> str:
     return next(f"{base}-{number}" for number in range(2, len(taken) + 3) if f"{base}-{number}" not in taken)
 
 
-def document(wish: Wish) -> dict[str, Any]:
+def document(asked: Wish) -> dict[str, Any]:
     """A wish as the run's record keeps it, so that another machine can be rented by it."""
-    return asdict(wish)
+    return asdict(asked)
 
 
-def _wish(run: Run) -> Wish | None:
+def wish(run: Run) -> Wish | None:
+    """What was asked of the machine, or machines, that are rented for a run; None: it runs on what there is."""
     kept = run.record.rents
     if not kept:
         return None
@@ -51,26 +52,26 @@ def begin(run: Run, name: str) -> bool:
 
     One that came to nothing is asked for anew; one that the run has worked on is not. Nobody is asked but for offers.
     """
-    wish = _left(run)
-    if wish is None:
+    left = _left(run)
+    if left is None:
         return False
     rental = rentals.find(name)
     is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
     if is_new or (rental is not None and rental.record.state == "refused"):
-        account, _ = renting.plan(wish)
-        renting.rent(name, wish, account)
+        account, _ = renting.plan(left)
+        renting.rent(name, left, account)
     return True
 
 
 def _left(run: Run) -> Wish | None:
     """What may still be rented for the run: its wish with what is left of its budget; None when that is nothing."""
-    wish = _wish(run)
-    if wish is None or wish.caps.budget_usd is None:
-        return wish
+    asked = wish(run)
+    if asked is None or asked.caps.budget_usd is None:
+        return asked
     base = name_for(run.run_id)
     names = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
-    left = wish.caps.budget_usd - sum(lease.usd() for lease in names)
-    return replace(wish, caps=replace(wish.caps, budget_usd=left)) if left > 0 else None
+    left = asked.caps.budget_usd - sum(lease.usd() for lease in names)
+    return replace(asked, caps=replace(asked.caps, budget_usd=left)) if left > 0 else None
 
 
 def carry(run: Run, go: Callable[[], None], say: Say) -> None:
@@ -89,10 +90,10 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
             journey.machine_is_gone(run, run.record.machine)
             notices.tell("machine_lost", run_id=run.run_id, machine=run.record.machine, message=error.message)
         except DeadlineOver as error:
-            _end_in_time(run, error, say)
+            end_in_time(run, error, say)
             return
         except NotReachable as error:
-            if not _give_up(run, error, say):
+            if not give_up(run, error, say):
                 raise
         run.reload()
         is_lost = run.record.state == "lost" and rentals.is_gone(run.record.machine)
@@ -100,15 +101,20 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
             return
 
 
-def _end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
+def end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
     """Stop the run and give its machine back: its time is over."""
     say(f"{error.message} The run is stopped, and its machine given back.")
     rental = rentals.find(run.record.machine)
     if rental is not None:
-        with rental.locked():
-            returning.at_deadline(rental, market.account_of(rental), say)
+        end_machine(rental, say)
     notices.tell("guard_fired", run_id=run.run_id, machine=run.record.machine, message=error.message)
     run.reload()
+
+
+def end_machine(rental: Rental, say: Say) -> None:
+    """End a machine whose time is over; what is on it is stopped and brought home as far as that can be done."""
+    with rental.locked():
+        returning.at_deadline(rental, market.account_of(rental), say)
 
 
 class Meter:
@@ -133,7 +139,7 @@ class Meter:
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
-def _give_up(run: Run, error: NotReachable, say: Say) -> bool:
+def give_up(run: Run, error: NotReachable, say: Say) -> bool:
     """End a machine rented for this run that does not answer, and has not for minutes; whether that was done."""
     rental = rentals.find(run.record.machine)
     if rental is None or not run.record.rents or rental.record.state != "ready":

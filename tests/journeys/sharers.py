@@ -1,0 +1,169 @@
+"""Runs that several machines share, made of a light story that honours shares as an evaluation does."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import durable, rows, rundir, spec
+from orchestrator import agents, config, runs
+from orchestrator.runs import Record, Run
+from tests.rig import Sshd
+
+STORY = '''
+"""A story for tests: makes the rows of its share at a given pace, after settling what it resolved."""
+import hashlib, os, sys, time
+from jobs import durable, rows, shares
+from worker.failures import ConfigFailure, OutOfExpectation
+from worker.progress import Progress
+
+def row(job, name, sample):
+    digest = hashlib.sha256(f"{name} {sample}".encode()).hexdigest()
+    return {"key": shares.row_key(job, name, sample), "error": None, "example_id": name, "sample_index": sample,
+            "completion": digest, "answer": digest[:4], "target": digest[:4], "score": 1.0, "answers": {}, "scores": {},
+            "tokens_in": 1, "tokens_out": 1, "finish_reason": "stop", "subject": None, "seed": int(digest[:8], 16),
+            "at": "2026-01-01T00:00:00.000Z"}
+
+def work(run, attempt, job):
+    params = job["params"]
+    progress = Progress(attempt.progress)
+    progress.phase("starting")
+    ids = [f"e{number}" for number in range(params["count"])]
+    known = durable.load_json(run.resolved)
+    if params.get("refuse"):
+        raise ConfigFailure("the dataset is not one", "take another")
+    if not run.examples.exists():
+        durable.save_json(run.examples, {"ids": ids})
+    if known is None:
+        durable.save_json(run.resolved, {"fingerprint": "one", "identity": {}, "weights": [], "by": str(run.folder)})
+    done = rows.Index()
+    for path in run.row_files():
+        rows.index(path, done)
+    mine = shares.chosen(job, ids)
+    todo = [(name, sample) for name in mine for sample in range(params["samples"])
+            if not done.keys.get(shares.row_key(job, name, sample))]
+    progress.expect(total=len(mine) * params["samples"], before=len(mine) * params["samples"] - len(todo))
+    progress.phase("tallying")
+    with rows.Appender(attempt.rows) as out:
+        for made, (name, sample) in enumerate(todo):
+            if params.get("unexpected_after") == made and params.get("expect"):
+                raise OutOfExpectation("the score is not what was expected", "look")
+            if params.get("crash_after") == made and mine[0] == "e0":
+                sys.exit(7)
+            out.append(row(job, name, sample))
+            progress.rows(out.synced)
+            print("row", name, sample, flush=True)
+            if not os.path.exists(params["calm"]):
+                time.sleep(params["pace_s"])
+    progress.phase("done")
+'''
+GPU = [sys.executable, "-m", "orchestrator.cli"]
+Make = Callable[..., Run]
+
+
+def snapshot() -> str:
+    """The name of a snapshot of the worker's code that has the story in it."""
+    files = agents.sources() | {"worker/tallying.py": STORY.encode()}
+    name = agents.digest(files)
+    agents.write(files, config.state_folder() / "agents" / name)
+    return name
+
+
+def shared(boxes: list[str], count: int, *, pace_s: float = 0.0, samples: int = 1, **params: Any) -> Run:
+    """A run of the story that these machines share; with one of them a run of its own."""
+    run_id = runs.new_run_id("tallying", None)
+    given = {"count": count, "pace_s": pace_s, "samples": samples, "split": "s", "model": "none", "expect": None}
+    job = {"schema": spec.SCHEMA, "run_id": run_id, "job": "tallying", "story": "tallying", "task": "t"}
+    job |= {"params": {**given, "calm": str(Path.cwd() / "calm"), **params}, "limit": None}
+    record = Record(run_id, "tallying", boxes[0], snapshot(), sys.executable, str(Path.cwd()), "2026-01-01")
+    if len(boxes) > 1:
+        record.machines, record.boxes = len(boxes), list(boxes)
+    return runs.create(record, job)
+
+
+def gpu(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    """What came of `gpu WORDS`."""
+    how = {"timeout": 120, "stdin": subprocess.DEVNULL, **how}
+    return subprocess.run([*GPU, *words], capture_output=True, text=True, check=False, **how)
+
+
+def started(*words: str) -> subprocess.Popen[str]:
+    """`gpu WORDS`, running."""
+    return subprocess.Popen([*GPU, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Every row of a file, as often as it stands there."""
+    return [rows.decode(line) for _, line in rows.whole_lines(path)]
+
+
+def made_on(box: Sshd, run: Run) -> list[str]:
+    """The keys of all rows that a machine has made of a run, as often as it has."""
+    folders = (box.home / ".gpu" / "runs").glob(f"{run.run_id}*")
+    attempts = [attempt for folder in sorted(folders) for attempt in rundir.Run(folder).attempts()]
+    return [row["key"] for attempt in attempts for row in lines(attempt.rows)]
+
+
+def essence(run: Run) -> list[tuple[str, ...]]:
+    """What of each row must not depend on who made it, sorted; asserts that no key stands twice."""
+    found = lines(run.home.rows)
+    assert len(found) == len({row["key"] for row in found}), "a key stands twice"
+    names = ("key", "completion", "answer", "answers", "score", "scores", "finish_reason", "tokens_in", "tokens_out")
+    return sorted(tuple(repr(row[name]) for name in (*names, "seed")) for row in found)
+
+
+def expected(count: int, samples: int = 1) -> list[tuple[str, str]]:
+    """Key and completion of every row of the story, as one machine makes them."""
+    pairs = [(f"e{number}", sample) for number in range(count) for sample in range(samples)]
+    return sorted((f"t/s/{name}#{sample}", _digest(name, sample)) for name, sample in pairs)
+
+
+def _digest(name: str, sample: int) -> str:
+    return hashlib.sha256(f"{name} {sample}".encode()).hexdigest()
+
+
+def assert_whole(run: Run, count: int, samples: int = 1) -> None:
+    """The run is done: every row that one machine makes, the same, each once."""
+    run.reload()
+    assert run.record.state == "sealed", (run.record, [share.record for share in runs.shares(run)])
+    found = lines(run.home.rows)
+    assert sorted((row["key"], row["completion"]) for row in found) == expected(count, samples)
+    assert (run.record.rows_home, run.record.rows_total) == (count * samples, count * samples)
+    assert durable.load_json(run.home.summary)["n_rows"] == count * samples
+
+
+def disjoint(run: Run) -> bool:
+    """Whether no example belongs to two shares that are at work, or done, as far as their records say."""
+    taken: list[str] = []
+    for share in runs.shares(run):
+        if share.record.state in ("planned", "pushed", "running", "sealed"):
+            ids = durable.load_news(run.home.shared.examples).get("ids", [])
+            from jobs import shares
+
+            taken += shares.chosen(share.job(), ids)
+    return len(taken) == len(set(taken))
+
+
+def kill(box: Sshd, run: Run, who: str, number: int = signal.SIGKILL) -> None:
+    """Signal the supervisor or the worker of the newest share on a machine."""
+    for folder in sorted((box.home / ".gpu" / "runs").glob(f"{run.run_id}.*"))[-1:]:
+        there = rundir.Run(folder)
+        pids = durable.load_news(there.attempt(there.last_attempt()).pids) if there.last_attempt() else {}
+        if who in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pids[who]["pid"], number)
+
+
+@pytest.fixture
+def calm() -> Iterator[Path]:
+    """The file that has all workers of the story be quick from then on."""
+    yield Path.cwd() / "calm"
