@@ -196,7 +196,7 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     failure = {} if state == "sealed" else failure
     run.end_leg()
     run.save(attempt=end["attempt"], finished_at=clock.now(), failure=failure, state=state)
-    summary.write(run)  # should this not happen, whoever reads the summary sees that it is older than the record
+    _sum_up(run)  # should this not happen, whoever reads the summary sees that it is older than the record
 
 
 def _seal(end: dict[str, Any]) -> rundir.Seal | None:
@@ -297,6 +297,12 @@ def gather(run: Run, machine: Machine, arrivals: Arrivals, news: News, *, may_st
     former = [{**entry, "settled": True} if entry["machine"] == machine.name else entry for entry in run.record.former]
     run.save(former=former)
     if run.record.state in ENDED:
+        _sum_up(run)
+
+
+def _sum_up(run: Run) -> None:
+    """Count the rows at home; a share's are counted with all of its run."""
+    if not run.record.share_of:
         summary.write(run)
 
 

@@ -232,7 +232,8 @@ def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
     """Say the run's id first of all: with it, everything else can be found."""
     if how["as_json"]:
         return
-    where = "this computer" if machine == machines.LOCAL else machine
+    many = run.record.machines
+    where = f"{many} machines" if many > 1 else "this computer" if machine == machines.LOCAL else machine
     click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on {where}")
 
 

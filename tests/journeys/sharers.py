@@ -8,15 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from jobs import durable, rows, rundir, spec
 from orchestrator import agents, config, runs
 from orchestrator.runs import Record, Run
+from tests.journeys import hurried
 from tests.rig import Sshd
 
 STORY = '''
@@ -41,6 +40,8 @@ def work(run, attempt, job):
     known = durable.load_json(run.resolved)
     if params.get("refuse"):
         raise ConfigFailure("the dataset is not one", "take another")
+    while known is None and params.get("hold") and not os.path.exists(params["hold"]):
+        time.sleep(0.05)
     if not run.examples.exists():
         durable.save_json(run.examples, {"ids": ids})
     if known is None:
@@ -66,7 +67,8 @@ def work(run, attempt, job):
                 time.sleep(params["pace_s"])
     progress.phase("done")
 '''
-GPU = [sys.executable, "-m", "orchestrator.cli"]
+WAITS = {"crew.PATIENCE_S": 2.0, "crew._HEARD_S": 5.0}
+"""A machine that does not answer is given up within seconds: a test has no minutes."""
 Make = Callable[..., Run]
 
 
@@ -92,13 +94,12 @@ def shared(boxes: list[str], count: int, *, pace_s: float = 0.0, samples: int = 
 
 def gpu(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
     """What came of `gpu WORDS`."""
-    how = {"timeout": 120, "stdin": subprocess.DEVNULL, **how}
-    return subprocess.run([*GPU, *words], capture_output=True, text=True, check=False, **how)
+    return hurried.gpu(*words, waits={**WAITS, **how.pop("waits", {})}, **how)
 
 
 def started(*words: str) -> subprocess.Popen[str]:
     """`gpu WORDS`, running."""
-    return subprocess.Popen([*GPU, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return hurried.begun(*words, waits=WAITS)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -161,9 +162,3 @@ def kill(box: Sshd, run: Run, who: str, number: int = signal.SIGKILL) -> None:
         if who in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pids[who]["pid"], number)
-
-
-@pytest.fixture
-def calm() -> Iterator[Path]:
-    """The file that has all workers of the story be quick from then on."""
-    yield Path.cwd() / "calm"
