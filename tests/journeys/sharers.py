@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, spec
-from orchestrator import agents, config, runs
+from orchestrator import agents, config, fleet, runs, tenancy
+from orchestrator.providers.base import Need
+from orchestrator.rentals import Caps
+from orchestrator.renting import Wish
 from orchestrator.runs import Record, Run
 from tests.journeys import hurried
 from tests.rig import Sshd
@@ -82,14 +85,28 @@ def snapshot() -> str:
 
 def shared(boxes: list[str], count: int, *, pace_s: float = 0.0, samples: int = 1, **params: Any) -> Run:
     """A run of the story that these machines share; with one of them a run of its own."""
+    record, job = _asked(count, pace_s=pace_s, samples=samples, **params)
+    record.machine = boxes[0]
+    if len(boxes) > 1:
+        record.machines, record.boxes = len(boxes), list(boxes)
+    return runs.create(record, job)
+
+
+def rented(machines: int, caps: Caps, count: int, *, pace_s: float = 0.0, **params: Any) -> Run:
+    """A run of the story for which so many machines are to be rented, and given back."""
+    record, job = _asked(count, pace_s=pace_s, samples=1, **params)
+    record.machine = tenancy.name_for(record.run_id)
+    record.rents = fleet.document(Wish(Need(gpu="A10", count=1), caps))
+    record.machines, record.terminate = machines, True
+    return runs.create(record, job)
+
+
+def _asked(count: int, *, pace_s: float, samples: int, **params: Any) -> tuple[Record, dict[str, Any]]:
     run_id = runs.new_run_id("tallying", None)
     given = {"count": count, "pace_s": pace_s, "samples": samples, "split": "s", "model": "none", "expect": None}
     job = {"schema": spec.SCHEMA, "run_id": run_id, "job": "tallying", "story": "tallying", "task": "t"}
     job |= {"params": {**given, "calm": str(Path.cwd() / "calm"), **params}, "limit": None}
-    record = Record(run_id, "tallying", boxes[0], snapshot(), sys.executable, str(Path.cwd()), "2026-01-01")
-    if len(boxes) > 1:
-        record.machines, record.boxes = len(boxes), list(boxes)
-    return runs.create(record, job)
+    return Record(run_id, "tallying", "local", snapshot(), sys.executable, str(Path.cwd()), "2026-01-01"), job
 
 
 def gpu(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
