@@ -110,6 +110,8 @@ class Board:
 
     def _pool(self) -> Pool:
         for share in runs.shares(self.run):  # what is home of one that ended just now is not to be made again
+            if self.gathering.example_ids() is None:
+                self.gathering.resolve(share.home.machine(share.record.machine))
             self.take_in(share)
         return Pool(self.gathering, self._held)
 

@@ -278,7 +278,7 @@ class _Crew:
         say(f"{error.message} What it has not sent goes to others; what it still makes is merged when it answers.")
         for tried in range(1, _CLOSE_TRIES + 1):
             try:
-                sharing.close(share, take_over=True)
+                sharing.close(share, take_over=True, why=error.message)
                 return
             except UsageError:  # another command of ours looks at it just now
                 if tried == _CLOSE_TRIES:

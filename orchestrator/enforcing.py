@@ -11,10 +11,10 @@ from orchestrator.rentals import Rental
 Say = Callable[[str], None]
 
 
-def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
+def enforce(say: Say, *spared: str | None) -> list[GpuError]:
     """Give back every machine whose time is over, and every one that is idle, once all of its rows are home.
 
-    `spared`: the machine that a command is about to use; idle or not, it stays. Returns what went wrong: one machine
+    `spared`: machines that a command is about to use; idle or not, they stay. Returns what went wrong: one machine
     in trouble does not keep the others from being ended.
     """
     errors = []
@@ -25,7 +25,7 @@ def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
                 notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, market.account_of(rental), say)
-            elif rental.record.state == "ready" and rental.name != spared and (why := idleness.too_long(rental)):
+            elif rental.record.state == "ready" and rental.name not in spared and (why := idleness.too_long(rental)):
                 say(f"{rental.name} is idle: {why}")
                 with rental.locked():
                     returning.give_back(rental, market.account_of(rental), say)

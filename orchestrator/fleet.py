@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -98,7 +99,16 @@ def _bound(run: Run) -> float:
     """What of the budget is spent, or is what a machine that there is may spend."""
     going = {rental.name: rental for rental in live(run)}
     spent = sum(lease.usd() for lease in _leases(run) if lease.machine not in going)
-    return spent + sum(max(rental.usd(), rental.caps().budget_usd or 0.0) for rental in going.values())
+    return spent + sum(map(_may_spend, going.values()))
+
+
+def _may_spend(rental: Rental) -> float:
+    """What a machine that there is may cost until its end: without a budget of its own, until its deadline."""
+    budget, deadline = rental.caps().budget_usd, rental.record.deadline
+    if budget is None:
+        left_h = math.inf if deadline is None else max(deadline - clock.timestamp(), 0.0) / 3600
+        return rental.usd() + left_h * (rental.price_usd_per_hour or 0.0)
+    return max(rental.usd(), budget)
 
 
 def shorten(run: Run, name: str) -> None:

@@ -128,6 +128,7 @@ def divide(run: Run, wish: Division) -> None:
             f"End that first (Ctrl-C there, or kill {journey.follower(run)}), then again.",
         )
     with gathering:
+        _refuse_at_work(run, wish)
         if failures := _each(lambda share: close(share, take_over=wish.take_over), _under_way(run)):
             raise failures[0]
         for share in runs.shares(run):
@@ -135,6 +136,25 @@ def divide(run: Run, wish: Division) -> None:
         shares.settle(gathering)
         if run.record.state != "sealed":
             _reopen(run, wish)
+
+
+def _refuse_at_work(run: Run, wish: Division) -> None:
+    """Raise UsageError when a share runs, unless it is to be taken over: then nothing was changed."""
+    if wish.take_over:
+        return
+    busy: list[str] = []
+
+    def look(share: Run) -> None:
+        journey.look(share)  # what cannot be reached is not known to be at work, and said where it is to be closed
+        if share.record.state == "running":
+            busy.append(share.record.machine)
+
+    _each(look, _under_way(run))
+    if busy:
+        raise UsageError(
+            f"{run.run_id} is at work on {', '.join(busy)}. Nothing was changed.",
+            f"Stop it first: gpu stop {run.run_id}. Or have that done: --take-over",
+        )
 
 
 def _begin_to_share(run: Run, wish: Division) -> None:
@@ -160,10 +180,11 @@ def _reopen(run: Run, wish: Division, **changes: Any) -> None:
     run.save(machines=wish.machines, boxes=wish.boxes, **changes)
 
 
-def close(share: Run, *, take_over: bool) -> None:
+def close(share: Run, *, take_over: bool, why: str = "") -> None:
     """Have a share be at work no more, so that others may have what it lacks. Errors as `divide`.
 
     Of a machine that does not answer, which only `take_over` allows, what it still makes is merged when it does again.
+    `why`: what was wrong with its machine; empty: it was meant.
     """
 
     def leave(surely: bool) -> None:
@@ -171,8 +192,12 @@ def close(share: Run, *, take_over: bool) -> None:
         former = share.record.former if surely else [{"machine": share.record.machine, "settled": False}]
         state = share.record.state
         if state not in ENDED:
-            state = "stopped" if surely else "lost"
-        share.save(state=state, former=former, finished_at=share.record.finished_at or clock.now())
+            state = "stopped" if surely and not why else "lost"
+        failure = share.record.failure
+        if state == "lost":
+            failure = {"kind": "lost", "message": why or "Its machine did not answer.", "hint": ""}
+        finished_at = share.record.finished_at or clock.now()
+        share.save(state=state, former=former, failure=failure, finished_at=finished_at)
 
     journey.let_go(share, take_over, leave)
 

@@ -176,7 +176,7 @@ def resume(name: str | None, **how: Any) -> None:
               gpu resume --on box --on otherbox
     """
     found, boxes = runs.find(name), sharing.places(how)
-    enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine)
+    enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine, *sharing.used(found, boxes))
     found.reload()
     is_shared = sharing.is_shared(found, how, boxes)
     if not is_shared and (how["gpu"] or how["type_name"]):

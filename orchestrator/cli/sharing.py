@@ -114,6 +114,11 @@ def resume(run: Run, how: dict[str, Any], boxes: list[str], rent: Any) -> None:
     sharing.divide(run, wish)
 
 
+def used(run: Run, boxes: list[str]) -> list[str]:
+    """The machines that a resume of a run is about to use, as far as they are known."""
+    return [*boxes, *(share.record.machine for share in runs.shares(run)), *(rental.name for rental in fleet.live(run))]
+
+
 def is_shared(run: Run, how: dict[str, Any], boxes: list[str]) -> bool:
     """Whether a run that is resumed so is one of several machines."""
     return bool(run.record.machines) or len(boxes) > 1 or (how["machines"] or 1) > 1
