@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rows, rundir, spec
+from jobs import durable, rows, rundir, shares, spec
 from orchestrator import agents, config, fleet, runs, tenancy
 from orchestrator.providers.base import Need
 from orchestrator.rentals import Caps
 from orchestrator.renting import Wish
 from orchestrator.runs import Record, Run
+from orchestrator.shares import COVERED
 from tests.journeys import hurried
 from tests.rig import Sshd
 
@@ -160,13 +161,16 @@ def assert_whole(run: Run, count: int, samples: int = 1) -> None:
 
 
 def disjoint(run: Run) -> bool:
-    """Whether no example belongs to two shares that are at work, or done, as far as their records say."""
-    taken: list[str] = []
-    for share in runs.shares(run):
-        if share.record.state in ("planned", "pushed", "running", "sealed"):
-            ids = durable.load_news(run.home.shared.examples).get("ids", [])
-            from jobs import shares
+    """Whether no example belongs to two shares that are at work, or done, as far as their records say now.
 
+    The newest is read first: a share is given to others only once its own record says that it has ended.
+    """
+    taken: list[str] = []
+    ids = [f"e{number}" for number in range(run.job()["params"]["count"])]
+    numbers = sorted((runs.number_of(path.parent.name) for path in run.home.parts.glob("*/run.json")), reverse=True)
+    for number in numbers:
+        share = runs.open_folder(run.home.parts / f"{run.run_id}.{number}")
+        if share.record.state in COVERED:
             taken += shares.chosen(share.job(), ids)
     return len(taken) == len(set(taken))
 
