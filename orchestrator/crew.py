@@ -75,7 +75,7 @@ def carry(run: Run, manner: Manner) -> None:
             return
         time.sleep(_POLL_S)
     with gathering:
-        if run.record.state not in ENDED:
+        if run.record.state != "sealed":
             _Crew(gathering, manner).work()
 
 
