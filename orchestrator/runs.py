@@ -79,6 +79,8 @@ class Record:
     """How many machines share it; 0: it is no run of several, and `machine` is where it works."""
     boxes: list[str] = field(default_factory=list)
     """Those machines, where they were named; empty: they are rented."""
+    resumed_at: str = ""
+    """Of a run that several machines share: when it was last begun again; how shares ended before is over."""
     share_of: str = ""
     """The run that this is a share of."""
     leads: bool = False

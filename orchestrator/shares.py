@@ -186,7 +186,8 @@ def _ended(gathering: Gathering, parts: list[Run]) -> tuple[str, dict[str, str]]
     if not left:
         return "sealed", {}
     ids = gathering.example_ids()
-    ended = [part for part in reversed(parts) if ids is None or _has_any(part, ids, set(left.left))]
+    ended = [part for part in reversed(parts) if (part.record.finished_at or "~") >= gathering.run.record.resumed_at]
+    ended = [part for part in ended if ids is None or _has_any(part, ids, set(left.left))]
     for state in ("failed", "stopped"):
         for part in ended:
             if part.record.state == state:
@@ -209,4 +210,5 @@ def _lost(gathering: Gathering, left: int) -> dict[str, str]:
     what = "examples are" if gathering.example_ids() is not None else "shares were"
     missing = "not done" if gathering.example_ids() is not None else "never begun"
     message = f"{left} {what} {missing}, and no machine is left for them. {gathering.rows_home} rows are home."
-    return {"kind": "lost", "message": message, "hint": f"Carry on: gpu resume {run_id}"}
+    words = f"gpu resume {run_id}" + (" --gpu …" if gathering.run.record.rents else "")
+    return {"kind": "lost", "message": message, "hint": f"Carry on: {words}"}

@@ -96,7 +96,8 @@ def again(run: Run, *, new_code: bool, queue: bool | None) -> None:
             planning.take_new_code(run)
         run.home.stop.unlink(missing_ok=True)
         state = "planned" if run.record.state in ENDED else run.record.state
-        run.save(state=state, failure={}, queue=run.record.queue if queue is None else queue)
+        queue = run.record.queue if queue is None else queue
+        run.save(state=state, failure={}, queue=queue, resumed_at=clock.now())
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def _reopen(run: Run, wish: Division, **changes: Any) -> None:
     shares.check_agent(run)
     run.home.stop.unlink(missing_ok=True)
     changes |= {"state": "planned", "failure": {}, "finished_at": None, **wish.changes}
-    run.save(machines=wish.machines, boxes=wish.boxes, **changes)
+    run.save(machines=wish.machines, boxes=wish.boxes, resumed_at=clock.now(), **changes)
 
 
 def close(share: Run, *, take_over: bool, why: str = "") -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def work(run, attempt, job):
                 time.sleep(params["pace_s"])
     progress.phase("done")
 '''
-WAITS = {"crew.PATIENCE_S": 2.0, "crew._HEARD_S": 5.0}
+WAITS = {"crew.PATIENCE_S": 2.0, "crew._HEARD_S": 0.5}
 """A machine that does not answer is given up within seconds: a test has no minutes."""
 Make = Callable[..., Run]
 
@@ -118,6 +119,13 @@ def gpu(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
 def started(*words: str) -> subprocess.Popen[str]:
     """`gpu WORDS`, running."""
     return hurried.begun(*words, waits=WAITS)
+
+
+def with_wait(command: subprocess.Popen[str], seconds: float) -> None:
+    """Let a command run for so long, if it does."""
+    deadline = time.monotonic() + seconds
+    while command.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from jobs import rows
 from orchestrator import runs
 from tests.journeys import sharers
-from tests.journeys.sharers import gpu, shared, started
+from tests.journeys.sharers import gpu, lines, shared, started
 from tests.rig import Sshd
 from tests.waiting import until
 
@@ -107,6 +107,8 @@ def test_a_part_given_away_while_its_machine_goes_on_is_merged_late_and_once(box
     run.reload()
     assert runs.is_settled(run)
     assert run.home.rows.read_bytes() == before
+    kept = [row["key"] for path in run.home.parts.glob("*/machines/b/attempts/*/rows.jsonl") for row in lines(path)]
+    assert sorted(kept) == sorted(sharers.made_on(boxes[1], run)), "all that it made late is here"
     both = sharers.made_on(boxes[0], run) + sharers.made_on(boxes[1], run)
     assert len(both) > len(set(both)) == 60, "both have made some of the rows"
 
@@ -127,3 +129,20 @@ def test_the_machines_that_are_not_first_wait_for_what_it_resolves(more: list[Ss
     sharers.assert_whole(run, 30)
     resolved = {path.read_bytes() for path in run.home.parts.rglob("machines/*/resolved.json")}
     assert resolved == {run.home.shared.resolved.read_bytes()}
+
+
+def test_a_laptop_that_is_cut_off_gives_nothing_away(boxes: list[Sshd]) -> None:
+    """When no machine answers, it is this computer: the command ends, the machines go on, nothing is made twice."""
+    run = shared(["a", "b"], 60, pace_s=0.1)
+    command = started("resume", run.run_id)
+    until(lambda: min(len(sharers.made_on(each, run)) for each in boxes) >= 2)
+    for each in boxes:
+        each.kill_all()
+    _, said = command.communicate(timeout=90)
+    assert command.returncode == 5, said
+    assert [share.record.state for share in runs.shares(run)] == ["running", "running"]
+    for each in boxes:
+        each.start()
+    assert gpu("resume", run.run_id).returncode == 0
+    sharers.assert_whole(run, 60)
+    assert len(sharers.made_on(boxes[0], run) + sharers.made_on(boxes[1], run)) == 60

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from jobs import rows, rundir
 from orchestrator import runs
 from tests.journeys import sharers
-from tests.journeys.sharers import gpu, shared, started
+from tests.journeys.sharers import gpu, shared, started, with_wait
 from tests.rig import Sshd
 from tests.waiting import until
 
@@ -59,13 +58,6 @@ def test_a_laptop_killed_again_and_again_loses_and_doubles_nothing(boxes: list[S
     assert sharers.disjoint(run)
     both = [*sharers.made_on(boxes[0], run), *sharers.made_on(boxes[1], run)]
     assert len(both) == 80, "no machine was lost, so no row was made twice"
-
-
-def with_wait(command: subprocess.Popen[str], seconds: float) -> None:
-    """Let the command run for so long, if it does."""
-    deadline = time.monotonic() + seconds
-    while command.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 def test_ctrl_c_leaves_the_machines_at_work(boxes: list[Sshd]) -> None:

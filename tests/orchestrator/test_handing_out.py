@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -143,6 +144,38 @@ def test_what_a_lost_share_lacks_is_handed_out_again_and_a_failed_ones_is_not() 
         assert last
         assert last.job()["share"] == {"only": ["e4"]}
         assert not board.has_left()
+
+
+def test_after_a_stop_nothing_begins() -> None:
+    """Once a stop is asked for, no share is handed out, and none that waits for the first one starts."""
+    run = sharers.shared(["a", "b"], 6)
+    with open_(run) as gathering:
+        seats = [Seat("a"), Seat("b")]
+        board = Board(gathering, seats)
+        first = board.next_share(seats[0], lambda: None, may_wait=False)
+        assert first
+        durable.save_json(run.home.stop, {})
+        assert not board.may_start(first)
+        assert board.next_share(seats[1], lambda: None, may_wait=True) is None
+
+
+def test_one_share_starts_before_anything_is_resolved() -> None:
+    """The first that is ready leads, durably; the others may start once what it resolved is home."""
+    run = sharers.shared(["a", "b"], 6)
+    with open_(run) as gathering:
+        seats = [Seat("a"), Seat("b")]
+        board = Board(gathering, seats)
+        first, second = (board.next_share(seat, lambda: None, may_wait=False) for seat in seats)
+        assert first
+        assert second
+        assert board.may_start(first)
+        assert runs.find(first.run_id).record.leads
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(board.may_start, second)
+            assert not wait([waiting], timeout=0.5).done
+            board.resolve(sent(first, "one"))
+            assert waiting.result(timeout=10)
+        assert not runs.find(second.run_id).record.leads
 
 
 def test_a_share_is_given_what_is_home_of_its_examples() -> None:
