@@ -73,6 +73,7 @@ def test_what_two_lost_machines_had_is_done_by_the_others(more: list[Sshd]) -> N
     assert sharers.disjoint(run)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_or_supervisor_costs_no_row(boxes: list[Sshd]) -> None:
     """A worker that is killed is started again there; where the supervisor died, its machine goes on with the rest."""
     run = shared(NAMES[:2], 60, pace_s=0.1)
@@ -88,6 +89,7 @@ def test_a_killed_worker_or_supervisor_costs_no_row(boxes: list[Sshd]) -> None:
     assert len(both) == 60, "nothing that was home, or could be fetched, was made again"
 
 
+@pytest.mark.slow
 def test_a_part_given_away_while_its_machine_goes_on_is_merged_late_and_once(boxes: list[Sshd]) -> None:
     """A machine that only cannot be reached loses its part; the late rows that it made change none that is home."""
     run = shared(NAMES[:2], 60, pace_s=0.1)
@@ -113,6 +115,7 @@ def test_a_part_given_away_while_its_machine_goes_on_is_merged_late_and_once(box
     assert len(both) > len(set(both)) == 60, "both have made some of the rows"
 
 
+@pytest.mark.slow
 def test_the_machines_that_are_not_first_wait_for_what_it_resolves(more: list[Sshd]) -> None:
     """One machine resolves for all; when it is lost before that is home, another one does, and only one."""
     run = shared(NAMES[:3], 30, hold=str(Path.cwd() / "go"))

@@ -61,6 +61,7 @@ def numbers(run: Run) -> dict[str, Any]:
     return {name: found[name] for name in ("n_examples", "n_rows", "scored", "metrics", "selection", "fingerprint")}
 
 
+@pytest.mark.slow
 def test_two_machines_evaluate_as_one(ready: Callable[[str], Sshd]) -> None:
     """Rows, the re-ranker's choices, every number and the fingerprint are those of a run of one machine."""
     Path("rank.py").write_text(RANK)

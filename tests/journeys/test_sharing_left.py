@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
-from jobs import rows, rundir
-from orchestrator import runs
+from jobs import durable, rows, rundir
+from orchestrator import cli, errors, machines, runs
 from tests.journeys import sharers
 from tests.journeys.sharers import gpu, shared, started, with_wait
 from tests.rig import Sshd
@@ -25,6 +26,18 @@ Box = Callable[..., Sshd]
 def boxes(box: Box) -> list[Sshd]:
     """Two machines, `a` and `b`."""
     return [box("a"), box("b")]
+
+
+@pytest.fixture
+def known() -> None:
+    """Records of two machines that nobody asks."""
+    for name in "ab":
+        durable.have_folder(machines.folder(name))
+        facts = {"root": "/r", "python": "python3", "worker_python": None, "key": None, "key_in_agent": False}
+        record = machines.Record(
+            name, "me", "127.0.0.1", 9, **facts, fingerprint="", added_at="", system="", gpu=None, gpus=0
+        )
+        machines.save(record)
 
 
 def home(run: runs.Run) -> int:
@@ -60,6 +73,7 @@ def test_a_laptop_killed_again_and_again_loses_and_doubles_nothing(boxes: list[S
     assert len(both) == 80, "no machine was lost, so no row was made twice"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_machines_at_work(boxes: list[Sshd]) -> None:
     """Interrupted, every machine goes on by itself; what they made meanwhile comes home with the resume."""
     run = shared(["a", "b"], 60, pace_s=0.1)
@@ -98,6 +112,7 @@ def test_a_stop_ends_all_of_it_and_a_resume_goes_on(boxes: list[Sshd]) -> None:
     assert len(sharers.made_on(boxes[0], run) + sharers.made_on(boxes[1], run)) == 400
 
 
+@pytest.mark.slow
 def test_detached_it_goes_on_by_itself_and_comes_home_by_pulls(boxes: list[Sshd]) -> None:
     """`--detach` returns once all machines are at work; `gpu pull` brings home what there is, until it is all."""
     run = shared(["a", "b"], 400, pace_s=0.05)
@@ -110,6 +125,7 @@ def test_detached_it_goes_on_by_itself_and_comes_home_by_pulls(boxes: list[Sshd]
     sharers.assert_whole(run, 400)
 
 
+@pytest.mark.slow
 def test_a_run_is_divided_among_others_and_back(boxes: list[Sshd]) -> None:
     """A run of one machine is gone on with by two, and that by one: each makes only what is missing."""
     run = shared(["a"], 90, pace_s=0.05, samples=2)
@@ -130,6 +146,7 @@ def test_a_run_is_divided_among_others_and_back(boxes: list[Sshd]) -> None:
     assert len(made) == 180, "no row was made twice"
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_job_ends_all_shares(boxes: list[Sshd]) -> None:
     """A job that is refused, or a score that is not as expected, is the run's failure: nobody makes more of it."""
     refused = shared(["a", "b"], 40, refuse=True)
@@ -147,28 +164,49 @@ def test_a_failure_of_the_job_ends_all_shares(boxes: list[Sshd]) -> None:
     sharers.assert_whole(run, 400)
 
 
-def test_bad_input_is_named_and_starts_nothing(boxes: list[Sshd]) -> None:
-    """What does not go together, has no bounds, or has nothing to divide, ends with 2; a part may be small."""
-    words = ("run", "eval-gsm8k")
-    for wrong in (
-        ("--machines", "0"),
-        ("--machines", "-1"),
-        ("--machines", "1000"),
-        ("--machines", "2"),
-        ("--machines", "2", "--on", "a"),
-        ("--on", "a", "--on", "a"),
-        ("--on", "a", "--on", "b", "--gpu", "A100"),
-        ("--on", "a", "--on", "nowhere"),
-    ):
-        done = gpu(*words, *wrong)
-        assert done.returncode == 2, (wrong, done.stderr)
-        assert "Traceback" not in done.stderr
-    command = gpu("run", "--on", "a", "--on", "b", "--", "true")
-    assert command.returncode == 2
-    assert "has none" in command.stderr
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--machines", "0"), "range"),
+        (("--machines", "-1"), "range"),
+        (("--machines", "1000"), "range"),
+        (("--machines", "2"), "nothing says what"),
+        (("--machines", "2", "--on", "a"), "say one of them"),
+        (("--on", "a", "--on", "a"), "said twice"),
+        (("--on", "a", "--on", "b", "--gpu", "A100"), "not both"),
+        (("--on", "a", "--on", "nowhere"), "no machine"),
+    ],
+)
+def test_bad_input_is_named_and_starts_nothing(known: None, wrong: tuple[str, ...], said: str) -> None:
+    """What does not go together, or has no bounds, is wrong usage, and nothing was started."""
+    with pytest.raises((errors.UsageError, click.UsageError), match=said):
+        cli.gpu.main(["run", "eval-gsm8k", *wrong], standalone_mode=False)
     assert not list(runs.remembered())
-    run = shared(["a"], 12)
+
+
+def test_what_has_no_examples_is_not_divided(known: None) -> None:
+    """A command is refused for several machines; so is a resume by several rented ones of which nothing says what."""
+    with pytest.raises(errors.UsageError, match="has none"):
+        cli.gpu.main(["run", "--on", "a", "--on", "b", "--", "true"], standalone_mode=False)
+    run = shared(["a", "b"], 3)
+    with pytest.raises(errors.UsageError, match="runs on machines there are"):
+        cli.gpu.main(["resume", run.run_id, "--machines", "2"], standalone_mode=False)
+
+
+def test_fewer_examples_than_machines(boxes: list[Sshd]) -> None:
+    """Where two examples are missing, two of three machines are used, which is said; where one has none, it ends."""
+    run = shared(["a"], 5)
+    durable.have_folder(run.home.machine("a").folder)
+    durable.save_json(run.home.machine("a").examples, {"ids": [f"e{number}" for number in range(5)]})
+    made = [{"key": f"t/s/e{number}#0", "error": None, "completion": ""} for number in range(3)]
+    durable.replace_whole(run.home.rows, b"".join(map(rows.encode, made)))
     run.save(state="stopped")
-    few = gpu("resume", run.run_id, "--on", "a", "--on", "b")
-    assert few.returncode == 0, few.stderr
-    sharers.assert_whole(run, 12)
+    done = gpu("resume", run.run_id, "--on", "a", "--on", "local", "--on", "b")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 machines are used" in done.stderr
+    run.reload()
+    assert (run.record.state, run.record.rows_home) == ("sealed", 5)
+    assert [share.record.machine for share in runs.shares(run)] == ["a", "local"]
+    few = shared(["a", "b"], 1)
+    assert gpu("resume", few.run_id).returncode == 0
+    sharers.assert_whole(few, 1)

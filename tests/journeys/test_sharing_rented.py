@@ -43,6 +43,7 @@ def test_rented_machines_share_a_run_and_are_given_back(quick: Cloud) -> None:
     assert of_run["rows"] == 30
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_is_replaced(quick: Cloud) -> None:
     """What its provider calls gone gives its part to a further machine; all rows are home, nothing goes on costing."""
     quick.fault("vanishes", seconds=6.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -188,6 +189,60 @@ def test_a_share_is_given_what_is_home_of_its_examples() -> None:
     with open_(run) as gathering:
         share = shares.create(gathering, "a", {"only": ["e0", "e1"]})
     assert completions(share) == {"t/s/e0#0": "x"}
+
+
+class Crash(Exception):
+    """The laptop died."""
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_dying_at_any_effect_is_mended_by_doing_it_again(monkeypatch: pytest.MonkeyPatch, is_done: bool) -> None:
+    """Killed before or after the n-th thing put on the disk, for all n: each example has one owner in the end."""
+    real, left = durable.replace_whole, 0
+
+    def dying(path: Any, data: bytes, *, synced: bool = True) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and not is_done:
+            raise Crash
+        real(path, data, synced=synced)
+        if left == 0:
+            raise Crash
+
+    ids = [f"e{number}" for number in range(6)]
+    for number in range(1, 40):
+        run = sharers.shared(["a", "b"], 6)
+        left = number
+        with monkeypatch.context() as patched, contextlib.suppress(Crash):
+            patched.setattr(durable, "replace_whole", dying)
+            _hand_out(run, ids)
+        is_over, left = left > 0, 0
+        _hand_out(run, ids)
+        parts = [chosen(share.job(), ids) for share in runs.shares(run) if share.record.state in shares.COVERED]
+        assert sorted(name for part in parts for name in part) == ids[1:]
+        assert completions(run) == {"t/s/e0#0": "x"}
+        if is_over:
+            return
+    raise AssertionError("more effects than were counted on")
+
+
+def _hand_out(run: Run, ids: list[str]) -> None:
+    """Both machines get a share, the first sends a row and is lost, and what it lacked is handed out again."""
+    with open_(run) as gathering:
+        seats = [Seat("a"), Seat("b")]
+        board = Board(gathering, seats)
+        first = next(iter(runs.shares(run)), None) or board.next_share(seats[0], lambda: None, may_wait=False)
+        assert first
+        if first.record.state == "planned":
+            board.may_start(first)
+            copy = sent(first, "one", row("e0", "x"), ids=ids)
+            board.resolve(copy)
+            first.save(state="lost")
+        board.ended(seats[0], first, is_free=False)
+        for seat in seats * 3:
+            seat.share = None
+            board.next_share(seat, lambda: None, may_wait=False)
+        assert not Pool(gathering, set())
 
 
 def test_a_folder_without_a_record_is_no_share() -> None:
