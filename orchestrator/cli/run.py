@@ -88,20 +88,25 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
     """
     job = _job(name, ctx.meta[AFTER])
     boxes, many = sharing.asked(job, how)
-    rents = bool(how["gpu"] or how["type_name"])
-    machine = boxes[0] if boxes else machines.LOCAL if rents else machines.choose(None)
+    machine = boxes[0] if boxes else machines.LOCAL if sharing.is_rented(how) else machines.choose(None)
     enforced(output.progress(how["quiet"]), machine)
     asked = planning.Asked(machine=machine, **{key: how[key] for key in (*_ASKED, *_AFTERWARDS)})
     document = planning.request(asked, job)
-    if rents:
-        asked = _rented(asked, document, how, many)
-    elif how["dry_run"]:
-        _show_check(planning.check(document), how["as_json"])
+    asked = _looked_at(asked, document, how, many)
     if how["dry_run"]:
         return
     started = planning.begin(document, sharing.divided(asked, boxes, many), job, size_guard(how["yes"]))
     _announce(started, how, started.record.machine)
     _carry(started, how)
+
+
+def _looked_at(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any], many: int) -> planning.Asked:
+    """What was asked, with what is to be rented for it; a dry run says what is found of it."""
+    if sharing.is_rented(how):
+        return _rented(asked, document, how, many)
+    if how["dry_run"]:
+        _show_check(planning.check(document), how["as_json"])
+    return asked
 
 
 def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any], many: int = 1) -> planning.Asked:
@@ -179,9 +184,9 @@ def resume(name: str | None, **how: Any) -> None:
     enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine, *sharing.used(found, boxes))
     found.reload()
     is_shared = sharing.is_shared(found, how, boxes)
-    if not is_shared and (how["gpu"] or how["type_name"]):
+    if not is_shared and sharing.is_rented(how):
         how["machine"] = _rented_again(found, how)
-    _announce(found, how, how["machine"] or found.record.machine)
+    _announce(found, how, ", ".join(boxes) or found.record.machine)
     try:
         with _leaving(found):
             _carry_on(found, how, boxes, is_shared=is_shared)
@@ -202,7 +207,7 @@ def _carry_on(found: Run, how: dict[str, Any], boxes: list[str], *, is_shared: b
 
 def _rented_for(found: Run, how: dict[str, Any], many: int) -> dict[str, Any]:
     """What is to be rented for a run that so many machines are to share: as typed, or else as it was asked before."""
-    kept = None if how["gpu"] or how["type_name"] else tenancy.wish(found)
+    kept = None if sharing.is_rented(how) else tenancy.wish(found)
     document = {**found.job(), "run_id": f"again-{tenancy.next_name(found)}"}
     asked = planning.Asked(machine=machines.LOCAL, settings={})
     return _rented(asked, document, {**how, "dry_run": False, "wish": kept}, many).rents
@@ -233,7 +238,13 @@ def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
     if how["as_json"]:
         return
     many = run.record.machines
-    where = f"{many} machines" if many > 1 else "this computer" if machine == machines.LOCAL else machine
+    where = (
+        f"{many} machines"
+        if many > 1 and machine == run.record.machine
+        else "this computer"
+        if machine == machines.LOCAL
+        else machine
+    )
     click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on {where}")
 
 

@@ -35,12 +35,13 @@ def places(how: dict[str, Any]) -> list[str]:
             f"--machines says how many are rented, and --on names those there are: say one of them. {_NOTHING}",
             "For example: --on a --on b, or: --gpu A100 --machines 2",
         )
-    if boxes and _is_rented(how):
+    if boxes and is_rented(how):
         raise errors.UsageError("Say either --on NAME or what to rent, not both. Nothing was rented.")
     return boxes
 
 
-def _is_rented(how: dict[str, Any]) -> bool:
+def is_rented(how: dict[str, Any]) -> bool:
+    """Whether a machine, or several, are to be rented."""
     return bool(how["gpu"] or how["type_name"])
 
 
@@ -57,7 +58,7 @@ def number(how: dict[str, Any], boxes: list[str], most: int | None) -> int:
 def asked(job: spec.Job, how: dict[str, Any]) -> tuple[list[str], int]:
     """The machines named for a new run, and how many are to share it."""
     boxes = places(how)
-    if how["machines"] is not None and not _is_rented(how):
+    if how["machines"] is not None and not is_rented(how):
         raise errors.UsageError(
             f"--machines says how many are rented, and nothing says what. {_NOTHING}",
             "For example: --gpu A100 --machines 2. Machines there are: --on a --on b",
@@ -92,7 +93,7 @@ def resume(run: Run, how: dict[str, Any], boxes: list[str], rent: Any) -> None:
     """
     shares.check_can_share(run.job())
     kept = run.record.rents if how["machines"] is not None and not boxes else {}
-    if not boxes and not _is_rented(how) and not kept:
+    if not boxes and not is_rented(how) and not kept:
         if how["machines"] is not None:
             raise errors.UsageError(
                 f"--machines says how many are rented, and {run.run_id} runs on machines there are. {_NOTHING}",
