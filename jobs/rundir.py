@@ -44,7 +44,7 @@ def may_come_home(name: str) -> bool:
         return parts[2] in GROWING + WHOLE
     if len(parts) == 2 and _FOLDER.fullmatch(parts[0]):
         return True
-    return parts == ["resolved.json"]
+    return parts in (["resolved.json"], ["examples.json"])
 
 
 def grows(name: str) -> bool:
@@ -178,6 +178,7 @@ class Run:
         self.home = folder / "home.jsonl"
         self.home_selections = folder / "home-selections.jsonl"
         self.resolved = folder / "resolved.json"
+        self.examples = folder / "examples.json"  # worker, once, before that: the ids of all examples, in their order
         self.start_lock = folder / "start.lock"
         self.run_lock = folder / "run.lock"
         self.current = folder / "current.json"
@@ -263,7 +264,15 @@ class Home:
         self.report = folder / "report.html"
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
         self.out = folder / OUT  # the files a command brought home, as its user sees them
+        self.parts = folder / "parts"  # of a run that several machines share: a run folder for each share
+        self.shared = Run(folder / "shared")  # what its first machine resolved, and all others start with
+        self.stop = folder / "stop.json"  # the stop command: no further share is to begin
 
     def machine(self, name: str) -> Run:
         """Verified copies of what the machine of that name wrote; the same file names as there."""
         return Run(self.folder / "machines" / name)
+
+    def copies(self) -> list[Run]:
+        """Verified copies of what every machine wrote, those of the run's shares too."""
+        found = [*self.folder.glob("machines/*"), *self.parts.glob("*/machines/*")]
+        return [Run(folder) for folder in sorted(found)]

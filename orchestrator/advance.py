@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir, spec
-from orchestrator import clock, config, delivery, follow, machines, outs, rentals, summary, transport
+from orchestrator import clock, config, delivery, follow, machines, outs, rentals, runs, summary, transport
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import ENDED, Record, Run
@@ -139,8 +139,10 @@ def _at_home(run: Run) -> Iterator[tuple[str, Path]]:
 
 def _resolved(run: Run) -> Iterator[tuple[str, Path]]:
     """What the first machine resolved for this run, and the weights it made: the next ones keep to both."""
-    for folder in sorted((run.home.folder / "machines").glob("*")):
-        copy = rundir.Run(folder)
+    copies = [rundir.Run(folder) for folder in sorted((run.home.folder / "machines").glob("*"))]
+    if run.record.share_of:
+        copies = [runs.parent(run).home.shared]
+    for copy in copies:
         if copy.resolved.is_file():
             yield copy.resolved.name, copy.resolved
             for weights in copy.folders():
@@ -194,7 +196,7 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
     failure = {} if state == "sealed" else failure
     run.end_leg()
     run.save(attempt=end["attempt"], finished_at=clock.now(), failure=failure, state=state)
-    summary.write(run)  # should this not happen, whoever reads the summary sees that it is older than the record
+    _sum_up(run)  # should this not happen, whoever reads the summary sees that it is older than the record
 
 
 def _seal(end: dict[str, Any]) -> rundir.Seal | None:
@@ -295,6 +297,12 @@ def gather(run: Run, machine: Machine, arrivals: Arrivals, news: News, *, may_st
     former = [{**entry, "settled": True} if entry["machine"] == machine.name else entry for entry in run.record.former]
     run.save(former=former)
     if run.record.state in ENDED:
+        _sum_up(run)
+
+
+def _sum_up(run: Run) -> None:
+    """Count the rows at home; a share's are counted with all of its run."""
+    if not run.record.share_of:
         summary.write(run)
 
 
@@ -319,7 +327,7 @@ def document(run: Run) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
         "job": record.job,
-        "machine": record.machine,
+        "machine": runs.machine_names(run),
         "state": _shown(record),
         "rows_done": record.rows_done,
         "rows_total": record.rows_total,
@@ -328,6 +336,14 @@ def document(run: Run) -> dict[str, Any]:
         "started_at": record.started_at,
         "finished_at": record.finished_at,
         "cost_usd": round(run.cost_usd(), 4),
-        "reachable": True if record.machine == machines.LOCAL else machines.news(record.machine).get("reachable"),
+        "reachable": _answers(run),
         "last_seen": record.last_seen,
     }
+
+
+def _answers(run: Run) -> bool | None:
+    """Whether the machine of a run answered the last time; of several that are at work, whether all did."""
+    parts = runs.workers(run)
+    names = {part.record.machine for part in parts if part.record.state not in ENDED or len(parts) == 1}
+    said = [True if name == machines.LOCAL else machines.news(name).get("reachable") for name in names]
+    return False if False in said else None if None in said or not said else True

@@ -66,7 +66,7 @@ def _is_old(key: str) -> bool:
 
 def _caches() -> Iterator[Path]:
     """Worker code that no run keeps, and what a killed command left half made; nothing that is younger than a day."""
-    used = {run.record.agent for run in runs.remembered()} | {agents.digest(agents.sources())}
+    used = {run.record.agent for run in runs.everywhere()} | {agents.digest(agents.sources())}
     stores = (config.state_folder() / "agents", machines.folder(machines.LOCAL) / "agent")
     found = [path for store in stores for path in store.glob("*") if path.is_dir() and path.name not in used]
     found += machines.folder(machines.LOCAL).parent.glob(".gone-*")

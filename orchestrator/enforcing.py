@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from orchestrator import (
     clock,
+    fleet,
     guarding,
     idleness,
     journey,
@@ -24,10 +25,10 @@ from orchestrator.runs import Run
 Say = Callable[[str], None]
 
 
-def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
+def enforce(say: Say, *spared: str | None) -> list[GpuError]:
     """Give back every machine whose time is over, and every one that is idle, once all of its rows are home.
 
-    `spared`: the machine that a command is about to use; idle or not, it stays. Returns what went wrong: one machine
+    `spared`: machines that a command is about to use; idle or not, they stay. Returns what went wrong: one machine
     in trouble does not keep the others from being ended.
     """
     errors = []
@@ -38,7 +39,7 @@ def enforce(say: Say, spared: str | None = None) -> list[GpuError]:
                 notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, market.account_of(rental), say)
-            elif rental.record.state == "ready" and rental.name != spared and (why := _why_over(rental)):
+            elif rental.record.state == "ready" and rental.name not in spared and (why := _why_over(rental)):
                 say(f"{rental.name} {why}")
                 with rental.locked():
                     returning.stop_runs(rental)  # a worker that hangs is idle, too
@@ -98,10 +99,10 @@ def step(say: Say) -> list[GpuError]:
 def _look_at(run: Run, say: Say) -> None:
     """Bring home what a run has made since; of one that has ended, tell, and give its machine back if that is due."""
     had_ended = run.record.state in runs.ENDED
-    if not had_ended or not all(entry["settled"] for entry in run.record.former):
+    if not had_ended or not runs.is_settled(run):
         journey.refresh(run)
         say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
     if not had_ended:
         tenancy.tell_end(run)
     if run.record.terminate and run.record.state in runs.ENDED:
-        tenancy.end_in_turn(run, say)
+        (fleet.after if run.record.machines else tenancy.end_in_turn)(run, say)

@@ -74,7 +74,7 @@ class Arrivals:
                 path = attempt.folder / name
                 if path.exists():
                     whole[self._name(path)] = self._digest(path)
-        for path in [self.copy.resolved, *self._weights()]:
+        for path in [self.copy.resolved, self.copy.examples, *self._weights()]:
             if path.exists():
                 whole[self._name(path)] = self._digest(path)
         for name in outs.names(self.copy):
@@ -195,8 +195,16 @@ class Arrivals:
         elif path.name == "selections.jsonl":
             self._merge(self.home.selections, self.selections, data.split(b"\n")[:-1])
 
-    def _merge(self, merged: Path, known: rows.Index, lines: list[bytes]) -> None:
-        """Append the lines that add a key or replace an error; a key's first good row is final."""
+    def take_rows(self, lines: list[bytes]) -> bytes:
+        """Merge rows that are home in another folder, of a share of this run; returns those that were news here."""
+        return self._merge(self.home.rows, self.rows, lines)
+
+    def take_selections(self, lines: list[bytes]) -> bytes:
+        """The same for a re-ranker's choices."""
+        return self._merge(self.home.selections, self.selections, lines)
+
+    def _merge(self, merged: Path, known: rows.Index, lines: list[bytes]) -> bytes:
+        """Append the lines that add a key or replace an error, and return them; a key's first good row is final."""
         fresh: dict[str, tuple[bool, bytes]] = {}
         for line in lines:
             try:
@@ -205,14 +213,16 @@ class Arrivals:
                 continue  # stays, as it came, in the machine's copy; the worker makes the row again on resume
             if known.wants(key, good) and not (key in fresh and fresh[key][0] >= good):
                 fresh[key] = (good, line + b"\n")
+        data = b"".join(line for _, line in fresh.values())
         if not fresh:
-            return
+            return data
         size = merged.stat().st_size if merged.exists() else 0
         with durable.opened(merged, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
-            durable.append(descriptor, b"".join(line for _, line in fresh.values()), size)
+            durable.append(descriptor, data, size)
             durable.sync(descriptor)
         for key, (good, _) in fresh.items():
             known.keys[key] = good
+        return data
 
     def _hash(self, path: Path) -> tuple[int, Any]:
         """Size and running SHA-256 of a copy; read once, then kept up to date."""

@@ -29,6 +29,6 @@ def too_long(rental: Rental) -> str:
 
 def _may_be(rental: Rental, limit_s: float) -> bool:
     """Whether nothing that is remembered here rules out that the machine was idle for so long."""
-    noted = [run.home.record.stat().st_mtime for run in runs.remembered() if run.record.machine == rental.name]
+    noted = [run.home.record.stat().st_mtime for run in runs.everywhere() if run.record.machine == rental.name]
     ready_at = clock.parse(rental.record.ready_at).timestamp() if rental.record.ready_at else 0.0
     return clock.timestamp() - max(ready_at, *noted, 0.0) >= limit_s

@@ -125,18 +125,20 @@ def line(entry: dict[str, Any]) -> list[str]:
 
 
 def runs_on(name: str) -> list[str]:
-    """The ids of the runs whose record names that machine."""
-    return [run.run_id for run in runs.remembered() if run.record.machine == name]
+    """The ids of the runs whose record, or that of one of their shares, names that machine."""
+    return [run.run_id for run in runs.remembered() if any(part.record.machine == name for part in runs.workers(run))]
 
 
 def not_home(name: str) -> list[str]:
-    """The ids of the runs that may still work on that machine, or have something there that is not home."""
-    return [run.run_id for run in runs.remembered() if _is_not_home(run, name)]
+    """The ids of the runs, and shares, that may still work on that machine, or have something there, not at home."""
+    return [run.run_id for run in runs.everywhere() if _is_not_home(run, name)]
 
 
 def _is_not_home(run: Run, name: str) -> bool:
     if any(entry["machine"] == name and not entry["settled"] for entry in run.record.former):
         return True
+    if run.record.machines:  # its shares are there, or not
+        return False
     begins = run.record.state == "planned" and locks.is_held(run.home.lock)
     return run.record.machine == name and (begins or run.record.state in ("pushed", "running"))
 

@@ -6,8 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
-from orchestrator import advance, clock, delivery, follow, machines, planning, rentals
+from orchestrator import advance, clock, delivery, follow, machines, planning, rentals, runs
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
 from orchestrator.home import Arrivals, News, full_disk_said
 from orchestrator.runs import ENDED, Run
@@ -89,13 +90,24 @@ def move(run: Run, wish: Wish) -> None:
     elif run.record.state != "sealed":
         wish.guard(delivery.new_bytes(run, target))
 
-    def leave(run: Run, machine: Machine, arrivals: Arrivals, _: News) -> None:
-        surely = _is_over(run, machine, arrivals, wish.take_over)
+    def leave(surely: bool) -> None:
         if run.record.state == "sealed":  # it stays where it is
             return
         if wish.new_code:
             planning.take_new_code(run)
         advance.move(run, target, settled=surely, queue=run.record.queue if wish.queue is None else wish.queue)
+
+    let_go(run, wish.take_over, leave)
+
+
+def let_go(run: Run, take_over: bool, then: Callable[[bool], None]) -> None:
+    """Have a run work on its machine no more, what it made there at home, or given up on purpose; errors as `move`.
+
+    `then` is called under the run's lock, and told whether the machine itself said that it has ended there.
+    """
+
+    def leave(run: Run, machine: Machine, arrivals: Arrivals, _: News) -> None:
+        then(_is_over(run, machine, arrivals, take_over))
 
     if not _taken(run, _unseen, leave):
         raise UsageError(
@@ -142,10 +154,27 @@ def refresh(run: Run, *, everywhere: bool = True) -> None:
 
     `everywhere`: also what machines that the run has left made late.
     """
+    if run.record.machines:
+        _sharing().refresh(run, everywhere=everywhere)
+        return
     if everywhere:
         gather(run)
+    look(run)
+    if run.record.share_of:
+        _sharing().gathered(runs.parent(run))
+
+
+def look(run: Run) -> None:
+    """Bring home what there is now of one run on its machine, unless another process follows it."""
     if not _taken(run, _unseen, _look):
         run.reload()
+
+
+def _sharing() -> ModuleType:
+    """What there is for runs that several machines share; it is built upon this module."""
+    from orchestrator import sharing
+
+    return sharing
 
 
 def gather(run: Run) -> list[str]:
@@ -156,10 +185,12 @@ def gather(run: Run) -> list[str]:
     """
     for former in run.record.former:
         current = former["machine"] == run.record.machine and run.record.state in ("pushed", "running")
+        current = current and not run.record.machines
         if not former["settled"] and not current:
             with contextlib.suppress(GpuError):
                 _taken(run, _unseen, advance.gather, former["machine"])
-    return [former["machine"] for former in run.record.former if not former["settled"]]
+    left = [former["machine"] for former in run.record.former if not former["settled"]]
+    return [*left, *(name for share in runs.shares(run) for name in gather(share))]
 
 
 def stop(run: Run, grace_s: float) -> None:
@@ -174,6 +205,9 @@ def stop(run: Run, grace_s: float) -> None:
         if run.record.state in ("planned", "pushed"):  # what had not begun will not
             run.save(state="stopped", finished_at=clock.now())
 
+    if run.record.machines:
+        _sharing().stop(run, grace_s)
+        return
     gather(run)
     while run.record.state not in ENDED:
         if run.record.state != "planned":

@@ -5,16 +5,18 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from jobs import rundir
-from orchestrator import advance, follow, journey, view
+from orchestrator import advance, clock, follow, journey, runs, view
 from orchestrator.errors import GpuError
 from orchestrator.home import Arrivals, News
 from orchestrator.plain import plain
-from orchestrator.runs import Run
+from orchestrator.runs import ENDED, Run
 from orchestrator.transport import Machine
 
 _TAIL_BYTES = 1 << 20
+_POLL_S = 1.0
 _DECODER = codecs.getincrementaldecoder("utf-8")  # a character may be cut between two looks
 
 
@@ -25,31 +27,45 @@ def show(run: Run, lines: int, echo: Callable[[str], None]) -> Tail:
     except GpuError as error:  # what is home can be shown all the same
         _note(f"{error.message} This is what is home:")
     tail = Tail(run, echo)
-    attempts = tail.attempts()
-    for attempt in attempts:
-        tail.offsets[attempt.number] = _size(attempt)
-    if attempts and lines:
-        data = _read(attempts[-1], max(0, _size(attempts[-1]) - _TAIL_BYTES))
+    newest = {}
+    for name, attempt in tail.attempts():
+        tail.offsets[attempt.folder] = _size(attempt)
+        newest[name] = attempt
+    for name, attempt in newest.items() if lines else ():
+        tail.head(name)
+        data = _read(attempt, max(0, _size(attempt) - _TAIL_BYTES))
         echo("".join(data.decode("utf-8", "replace").splitlines(keepends=True)[-lines:]))
     return tail
 
 
 class Tail:
-    """Prints what the log at home has grown by; a new attempt's log is announced."""
+    """Prints what the log at home has grown by; a new attempt's log is announced, and, of several, whose it is."""
 
     def __init__(self, run: Run, echo: Callable[[str], None]) -> None:
         self.run = run
         self.echo = echo
-        self.offsets: dict[int, int] = {}
-        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
+        self.offsets: dict[Path, int] = {}
+        self._decoders: dict[Path, codecs.IncrementalDecoder] = {}
+        self._last = ""
 
-    def attempts(self) -> list[rundir.Attempt]:
-        """The attempts whose files are home, oldest first."""
-        return self.run.home.machine(self.run.record.machine).attempts()
+    def attempts(self) -> list[tuple[str, rundir.Attempt]]:
+        """The attempts whose files are home, oldest first, each with its machine's name where several share the run."""
+        parts = runs.workers(self.run)
+        name = {part.run_id: part.record.machine if part is not self.run else "" for part in parts}
+        copies = ((name[part.run_id], part.home.machine(part.record.machine)) for part in parts)
+        return [(whose, attempt) for whose, copy in copies for attempt in copy.attempts()]
+
+    def head(self, name: str) -> None:
+        """Say whose log goes on now, unless it is that of the one before."""
+        if name != self._last:
+            self.echo(f"--- {name} ---\n")
+            self._last = name
 
     def follow(self) -> None:
         """Print what comes until the run has ended."""
-        if self.run.record.state == "running":
+        if self.run.record.machines:
+            self._follow_all()
+        elif self.run.record.state == "running":
             journey.go(self.run, lambda frame, _: self._take(frame), lambda _: self.print_new(), _quickly)
         self.print_new()
 
@@ -61,14 +77,27 @@ class Tail:
 
     def print_new(self) -> None:
         """Print every byte that was not printed yet."""
-        for attempt in self.attempts():
-            if attempt.number not in self.offsets and attempt.number > 1:
+        for name, attempt in self.attempts():
+            folder = attempt.folder
+            if folder not in self.offsets and attempt.number > 1:
+                self.head(name)
                 self.echo(f"--- attempt {attempt.number} ---\n")
-            data = _read(attempt, self.offsets.get(attempt.number, 0))
-            self.offsets[attempt.number] = self.offsets.get(attempt.number, 0) + len(data)
+            data = _read(attempt, self.offsets.get(folder, 0))
+            self.offsets[folder] = self.offsets.get(folder, 0) + len(data)
             if data:
-                decoder = self._decoders.setdefault(attempt.number, _DECODER(errors="replace"))
+                self.head(name)
+                decoder = self._decoders.setdefault(folder, _DECODER(errors="replace"))
                 self.echo(decoder.decode(data))
+
+    def _follow_all(self) -> None:
+        """The same where several machines share the run: what they print comes home by looks, or by who follows it."""
+        while self.run.record.state not in ENDED:
+            try:
+                journey.refresh(self.run, everywhere=False)
+            except GpuError as error:
+                _note(error.message)
+            self.print_new()
+            clock.sleep(_POLL_S)
 
 
 def _note(words: str) -> None:

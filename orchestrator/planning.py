@@ -47,6 +47,10 @@ class Asked:
     terminate: bool = False
     keep_on_failure: float = 0.0
     """Minutes."""
+    boxes: tuple[str, ...] = ()
+    """Machines that share it, by name."""
+    machines: int = 0
+    """How many share it; 0: it is a run of one machine."""
 
 
 def command(words: tuple[str, ...]) -> spec.Job:
@@ -91,13 +95,13 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
     `guard` is told how many bytes may have to travel, and raises when that is not wanted.
     """
     environment = asked.environment or job.environment
-    if asked.machine == machines.LOCAL:
+    if machines.LOCAL in (asked.machine, *asked.boxes):
         check_interpreter(environment)
     config.job_environment(list(asked.env_names), everything=False)
     at_home = asked.machine == machines.LOCAL
     packed = cargo.pack(document, (*job.needs, *asked.needs), Path.cwd(), at_home=at_home)
     if not at_home:
-        guard(cargo.new_bytes(packed, asked.machine))
+        guard(sum(cargo.new_bytes(packed, name) for name in asked.boxes or [asked.machine] if name != machines.LOCAL))
     agent = agents.keep(config.state_folder() / "agents")
     packed = cargo.kept_here(packed, agent)
     record = Record(
@@ -116,6 +120,8 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
         rents=asked.rents,
         terminate=asked.terminate,
         keep_on_failure_minutes=asked.keep_on_failure,
+        machines=asked.machines,
+        boxes=list(asked.boxes),
     )
     return runs.create(record, document, packed)
 

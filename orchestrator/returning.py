@@ -192,7 +192,8 @@ def receipt(rental: Rental) -> list[str]:
     leases = rental.leases()
     hours = sum(lease.hours() for lease in leases)
     usd = sum(lease.usd() for lease in leases)
-    rows = sum(run.record.rows_home for run in runs.remembered() if run.record.machine == rental.name)
+    on_it = (run for run in runs.everywhere() if run.record.machine == rental.name and not run.record.machines)
+    rows = sum(run.record.rows_home for run in on_it)
     lines = [f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {usd:.2f} USD (an estimate that rounds up)"]
     if rows:
         lines.append(f"{rows} rows came home from it: {usd / rows * 1000:.3f} USD per 1,000 rows")

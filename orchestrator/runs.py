@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,16 @@ class Record:
     """How long its machine is kept after a failure, so that somebody can look."""
     code_changes: list[dict[str, str]] = field(default_factory=list)
     """Each time newer worker code was taken on purpose: when, from, to."""
+    machines: int = 0
+    """How many machines share it; 0: it is no run of several, and `machine` is where it works."""
+    boxes: list[str] = field(default_factory=list)
+    """Those machines, where they were named; empty: they are rented."""
+    resumed_at: str = ""
+    """Of a run that several machines share: when it was last begun again; how shares ended before is over."""
+    share_of: str = ""
+    """The run that this is a share of."""
+    leads: bool = False
+    """Of a share: whether it began before it was known what the run's first machine had resolved."""
 
 
 @dataclass
@@ -114,6 +124,9 @@ class Run:
 
     def cost_usd(self) -> float:
         """What its stays on rented machines cost, in USD: the machine's whole price for as long as it was there."""
+        return self._own_cost_usd() + sum(share._own_cost_usd() for share in shares(self))
+
+    def _own_cost_usd(self) -> float:
         now = clock.timestamp()
         hours = [
             (max((leg["until"] or now) - leg["since"], 0.0) / 3600, leg["usd_per_hour"]) for leg in self.record.legs
@@ -165,6 +178,7 @@ def _load_record(path: Path) -> Record:
     try:
         record = Record(**{name: value for name, value in document.items() if name in known})
         names = [record.run_id, record.machine, record.agent, *(entry["machine"] for entry in record.former)]
+        names += [*record.boxes, *filter(None, [record.share_of])]
         safe = all(rundir.is_safe_name(name) for name in names)
     except (TypeError, KeyError):
         safe = False
@@ -184,15 +198,65 @@ def open_folder(folder: Path) -> Run:
 
 def remembered() -> Iterator[Run]:
     """Every run whose folder is still there, oldest first."""
-    found = []
-    for entry in (config.state_folder() / "runs").glob("*.json"):
-        folder = Path(str(durable.load_news(entry).get("path", "")))
-        if (folder / "run.json").is_file():
-            try:
-                found.append(open_folder(folder))
-            except ConfigError as error:  # one damaged record must not hide all others
-                print(f"Passed over: {error.message}", file=sys.stderr)  # noqa: T201
+    entries = (config.state_folder() / "runs").glob("*.json")
+    folders = (Path(str(durable.load_news(entry).get("path", ""))) for entry in entries)
+    found = _opened(folder for folder in folders if (folder / "run.json").is_file())
     yield from sorted(found, key=lambda run: (run.record.created_at, run.run_id))
+
+
+def _opened(folders: Iterable[Path]) -> list[Run]:
+    """The runs in these folders; one damaged record must not hide all others."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(open_folder(folder))
+        except ConfigError as error:
+            print(f"Passed over: {error.message}", file=sys.stderr)  # noqa: T201
+    return found
+
+
+def shares(run: Run) -> list[Run]:
+    """The shares of a run that several machines make, oldest first; of any other run none."""
+    if not run.record.machines:
+        return []
+    folders = [path.parent for path in run.home.parts.glob("*/run.json")]
+    return _opened(sorted(folders, key=lambda path: number_of(path.name)))
+
+
+def number_of(share_id: str) -> int:
+    """Which share of its run an id is of; 0 for none."""
+    last = share_id.rpartition(".")[2]
+    return int(last) if last.isdecimal() else 0
+
+
+def parent(share: Run) -> Run:
+    """The run that a share belongs to."""
+    return open_folder(share.home.folder.parent.parent)
+
+
+def workers(run: Run) -> list[Run]:
+    """Whatever of a run is on a machine: its shares, else itself."""
+    return shares(run) if run.record.machines else [run]
+
+
+def machine_names(run: Run) -> str:
+    """The machine a run is on, in words: of several that share it those that are at work, else all that were."""
+    parts = shares(run)
+    names = [part.record.machine for part in parts if part.record.state not in ENDED]
+    names = names or [part.record.machine for part in parts]
+    return ", ".join(dict.fromkeys(names)) or run.record.machine
+
+
+def everywhere() -> Iterator[Run]:
+    """Every run that is remembered, and the shares of each: all that may be on some machine."""
+    for run in remembered():
+        yield run
+        yield from shares(run)
+
+
+def is_settled(run: Run) -> bool:
+    """Whether no machine that it has left may still have something of it."""
+    return all(entry["settled"] for part in (run, *shares(run)) for entry in part.record.former)
 
 
 def find(name: str | None) -> Run:
@@ -205,6 +269,7 @@ def find(name: str | None) -> Run:
     if name is None:
         return known[-1]
     exact = [run for run in known if run.run_id == name]
+    exact = exact or [run for run in everywhere() if "." in name and run.run_id == name]
     close = exact or [run for run in known if run.run_id.startswith(name) or run.run_id.endswith(name)]
     if len(close) == 1:
         return close[0]

@@ -6,11 +6,10 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jobs import durable, metrics, rows, rundir
-from orchestrator import clock
+from orchestrator import clock, runs
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
@@ -22,7 +21,7 @@ def write(run: Run) -> dict[str, Any]:
 
     document = count(run)
     durable.save_json(run.home.summary, document)
-    job = {**run.job(), "machine": run.record.machine, "started_at": run.record.started_at}
+    job = {**run.job(), "machine": runs.machine_names(run), "started_at": run.record.started_at}
     report.write(run.home.report, document, finals(run), choices(run), job)
     return document
 
@@ -70,31 +69,28 @@ def count(run: Run) -> dict[str, Any]:
         "tokens_per_second": round(tokens_out / seconds, 2) if seconds else None,
         "rows_damaged": run.record.rows_damaged,
         "conflicts": conflicts(run),
-        "cost_usd": 0.0,
+        "cost_usd": round(run.cost_usd(), 4),
         "created_at": run.record.created_at,
         "finished_at": run.record.finished_at,
-        "machine": run.record.machine,
+        "machine": runs.machine_names(run),
     }
 
 
 def _resolved(run: Run) -> dict[str, Any]:
     """What its machine resolved for the run; before that one has, what another one did."""
-    others = sorted((run.home.folder / "machines").glob("*"))
-    found = (
-        durable.load_news(machine.resolved)
-        for machine in (run.home.machine(run.record.machine), *map(rundir.Run, others))
-    )
+    first = (run.home.shared, run.home.machine(run.record.machine))
+    found = (durable.load_news(copy.resolved) for copy in (*first, *run.home.copies()))
     return next((document for document in found if document), {})
 
 
 def conflicts(run: Run) -> list[str]:
     """Keys that two machines made different good rows for, at most a hundred; the first to come home counts."""
-    machines = sorted((run.home.folder / "machines").glob("*"))
-    if len(machines) < 2:
+    copies = run.home.copies()
+    if len(copies) < 2:
         return []
     said: dict[str, int] = {}
     found: list[str] = []
-    for row in itertools.chain.from_iterable(map(_made_by, machines)):
+    for row in itertools.chain.from_iterable(map(_made_by, copies)):
         if row.get("error") is None and _counts(row):
             answer = hash((row.get("completion"), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
@@ -102,9 +98,9 @@ def conflicts(run: Run) -> list[str]:
     return sorted(set(found))[:_CONFLICTS_MAX]
 
 
-def _made_by(machine: Path) -> Iterator[rows.Row]:
+def _made_by(copy: rundir.Run) -> Iterator[rows.Row]:
     """Every sound row that came from a machine, as often as it did."""
-    for attempt in rundir.Run(machine).attempts():
+    for attempt in copy.attempts():
         for _, line in rows.whole_lines(attempt.rows):
             with contextlib.suppress(rows.BadRow):
                 yield rows.decode(line)
@@ -114,8 +110,8 @@ def _effort(run: Run) -> tuple[int, float]:
     """Tokens generated, and the seconds from the model being loaded to the last row, added up over attempts."""
     tokens = sum(row.get("tokens_out") or 0 for row in finals(run))
     seconds = 0.0
-    for machine in sorted((run.home.folder / "machines").glob("*")):
-        for attempt in rundir.Run(machine).attempts():
+    for copy in run.home.copies():
+        for attempt in copy.attempts():
             last = _last_row_at(attempt)
             began = durable.load_news(attempt.env).get("generating_since")
             with contextlib.suppress(ValueError, TypeError):  # no times: that machine made them up

@@ -41,12 +41,13 @@ def next_name(run: Run) -> str:
     return next(f"{base}-{number}" for number in range(2, len(taken) + 3) if f"{base}-{number}" not in taken)
 
 
-def document(wish: Wish) -> dict[str, Any]:
+def document(asked: Wish) -> dict[str, Any]:
     """A wish as the run's record keeps it, so that another machine can be rented by it; its caps count from now on."""
-    return {**asdict(wish), "since": clock.timestamp()}
+    return {**asdict(asked), "since": clock.timestamp()}
 
 
-def _wish(run: Run) -> Wish | None:
+def wish(run: Run) -> Wish | None:
+    """What was asked of the machine, or machines, that are rented for a run; None: it runs on what there is."""
     kept = run.record.rents
     if not kept:
         return None
@@ -58,37 +59,37 @@ def begin(run: Run, name: str) -> bool:
 
     One that came to nothing is asked for anew; one that the run has worked on is not. Nobody is asked but for offers.
     """
-    wish = _left(run)
-    if wish is None:
+    left = _left(run)
+    if left is None:
         return False
     rental = rentals.find(name)
     is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
     if is_new or (rental is not None and rental.record.state == "refused"):
-        wish, account = _planned(wish, is_new=not run.record.legs)
-        renting.rent(name, wish, account)
+        asked, account = _planned(left, is_new=not run.record.legs)
+        renting.rent(name, asked, account)
     return True
 
 
-def _planned(wish: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
+def _planned(asked: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
     """A wish that some offer fits, and whose it is: a run that was outbid takes a machine at a fixed price, too."""
     try:
-        return wish, renting.plan(wish)[0]
+        return asked, renting.plan(asked)[0]
     except NoCapacity:
-        if is_new or not wish.need.spot:
+        if is_new or not asked.need.spot:
             raise
-        fixed = replace(wish, need=replace(wish.need, spot=False, bid_usd_per_hour=None))
+        fixed = replace(asked, need=replace(asked.need, spot=False, bid_usd_per_hour=None))
         return fixed, renting.plan(fixed)[0]
 
 
 def _left(run: Run) -> Wish | None:
     """What may still be rented for the run: its wish with what is left of its caps; None when that is nothing."""
-    wish = _wish(run)
-    if wish is None:
+    asked = wish(run)
+    if asked is None:
         return None
     base, since = name_for(run.run_id), run.record.rents.get("since", 0.0)
     mine = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
-    caps = wish.caps.less(lease for lease in mine if lease.opened_at >= since)
-    return None if 0.0 in (caps.max_hours, caps.budget_usd) else replace(wish, caps=caps)
+    caps = asked.caps.less(lease for lease in mine if lease.opened_at >= since)
+    return None if 0.0 in (caps.max_hours, caps.budget_usd) else replace(asked, caps=caps)
 
 
 def carry(run: Run, go: Callable[[], None], say: Say) -> None:
@@ -122,7 +123,7 @@ def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
         try:
             go()
         except DeadlineOver as error:
-            _end_in_time(run, error, say)
+            end_in_time(run, error, say)
         except GpuError as error:
             if not rentals.is_gone(run.record.machine) and not _is_dead(run, error, say):
                 trouble = error
@@ -141,15 +142,20 @@ def _is_lost(name: str) -> bool:
     return rental.record.deadline is None or clock.timestamp() < rental.record.deadline
 
 
-def _end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
+def end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
     """Stop the run and give its machine back: its time is over."""
     say(f"{error.message} The run is stopped, and its machine given back.")
     rental = rentals.find(run.record.machine)
     if rental is not None:
-        with rental.locked():
-            returning.at_deadline(rental, market.account_of(rental), say)
+        end_machine(rental, say)
     notices.tell("guard_fired", run_id=run.run_id, machine=run.record.machine, message=error.message)
     run.reload()
+
+
+def end_machine(rental: Rental, say: Say) -> None:
+    """End a machine whose time is over; what is on it is stopped and brought home as far as that can be done."""
+    with rental.locked():
+        returning.at_deadline(rental, market.account_of(rental), say)
 
 
 class Meter:
@@ -172,6 +178,14 @@ class Meter:
             with contextlib.suppress(GpuError), rental.locked():  # the record is read anew inside
                 rental.save(is_told=True)
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
+
+
+def give_up(run: Run, error: GpuError, say: Say) -> bool:
+    """Whether a machine rented for a run is ended because it answers nobody, while its provider does."""
+    try:
+        return _is_dead(run, error, say)
+    except GpuError:
+        return False
 
 
 def _is_dead(run: Run, error: GpuError, say: Say) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rows, rundir, times
+from jobs import durable, rows, rundir, shares, times
 from worker import facts, models, plan, resolve, selecting
 from worker.expectation import Watch
 from worker.generators import Completion, Generator
@@ -21,11 +21,12 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     progress = Progress(attempt.progress)
     prepared = plan.prepare(job, run, progress.phase)
     plan.refuse_bad_prompts(prepared, say)
-    resolve.settle(run, prepared)
+    resolve.list_examples(run, prepared)
+    resolve.settle(run, prepared)  # after the list: once this is home, that and the run's own model are, or follow
     done = finished(run)
     todo = {item.key: item for item in prepared.items if not done.get(item.key)}
     progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
-    watch = Watch(job["params"]["expect"], run, prepared.items)
+    watch = Watch(job["params"]["expect"], run, prepared.items, shares.among(job))
     with rows.Appender(attempt.rows) as out:
         for item, completion in completions(prepared, todo, attempt, progress):
             row = make_row(prepared, item, completion)

@@ -10,6 +10,8 @@ from jobs.sequential import ConfidenceSequence, Expectation
 from worker.failures import OutOfExpectation
 from worker.plan import Item
 
+_ALPHA = 0.01
+"""The chance to stop a run that is as expected."""
 _SHOWN = 5
 _SHOWN_CHARACTERS = 300
 
@@ -20,13 +22,14 @@ class Watch:
     A run that was stopped by its expectation and then resumed has been looked at: it is not stopped again.
     """
 
-    def __init__(self, expect: str | None, run: rundir.Run, items: Sequence[Item]) -> None:
+    def __init__(self, expect: str | None, run: rundir.Run, items: Sequence[Item], among: int = 1) -> None:
+        """`among`: how many watches look at parts of one run; the chance that any of them errs is that of one."""
         self._expected = Expectation.parse(expect) if expect and not _stopped_before(run) else None
         self._order = list(dict.fromkeys(item.example.id for item in items))
         self._samples = len(items) // max(len(self._order), 1)
         self._scores: dict[str, list[float | None]] = defaultdict(list)
         self._next = 0
-        self._sequence = ConfidenceSequence()
+        self._sequence = ConfidenceSequence(_ALPHA / among)
         self._shown: list[str] = []
         if self._expected:
             for row in rows.read(run.row_files()):

@@ -156,6 +156,7 @@ class Copying:
             for name in _WHOLE:
                 self._whole(f"{folder}/{name}")
         self._whole(self.run.resolved.name)
+        self._whole(self.run.examples.name)
         for path in self.run.folders():
             for file in rundir.weights(path):
                 self._whole(f"{path.name}/{file.name}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rundir, spec
+from jobs import durable, rundir, shares, spec
 from worker import builtin, models, prompts, sources, tasks
 from worker.failures import BadRecord, ConfigFailure
 from worker.generators import Prompt, Sampling
@@ -44,6 +44,8 @@ class Prepared:
     first_prompt: str
     dataset_digest: str
     shots_digest: str | None
+    example_ids: list[str]
+    """Of all examples of the run, in their order, whoever makes them; `items` are those made here."""
 
 
 def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) -> Prepared:
@@ -99,8 +101,11 @@ def _prepare(
     shots = _shots(params, task)
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
     renderer = prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
-    say(f"rendering {len(examples)} prompts")
-    rendered = [_render(renderer, task, example, shots, params) for example in examples]
+    example_ids = [example.id for example in examples]
+    mine = set(shares.chosen(job, example_ids))
+    shown = [example for example in examples if example.id in mine] or examples[:1]
+    say(f"rendering {len(shown)} prompts")
+    rendered = [_render(renderer, task, example, shots, params) for example in shown]
     sampling = _sampling(params)
     return Prepared(
         params=params,
@@ -110,13 +115,15 @@ def _prepare(
         sampling=sampling,
         items=[
             _item(job, example, prompt, sample, renderer)
-            for example, prompt in zip(examples, rendered, strict=True)
+            for example, prompt in zip(shown, rendered, strict=True)
             for sample in range(params["samples"])
+            if example.id in mine
         ],
         findings=prompts.check(rendered, renderer, _facts(request, renderer, sampling, params["samples"])),
         first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
         dataset_digest=records.digest,
         shots_digest=_digest(shots) if shots else None,
+        example_ids=example_ids,
     )
 
 
@@ -203,7 +210,7 @@ def _render(
 def _item(
     job: dict[str, Any], example: Example, rendered: prompts.RenderedPrompt, sample: int, renderer: prompts.Renderer
 ) -> Item:
-    key = f"{job['task']}/{job['params']['split']}/{example.id}#{sample}"
+    key = shares.row_key(job, example.id, sample)
     prompt = Prompt(key=key, token_ids=rendered.token_ids, seed=seed_of(job["params"]["seed"], key))
     messages = [dict(message) for message in rendered.messages]
     asked: dict[str, Any] = {"prompt": renderer.text(messages)} if renderer.plain else {"messages": messages}

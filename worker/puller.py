@@ -113,7 +113,8 @@ class Puller:
     def _look(self, ended: bool, is_last: bool) -> None:
         """Send what is new in every file, or queue it; sets `_sent` when there was any."""
         self._sent = False
-        self._whole("resolved.json")
+        self._whole(self.run.resolved.name)
+        self._whole(self.run.examples.name)
         for attempt in self.run.attempts():
             folder = f"attempts/{attempt.folder.name}"
             for name in rundir.GROWING:

@@ -15,7 +15,7 @@ _SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", 
 
 def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
     """Write resolved.json in the first attempt; later ones must come to the same, else FingerprintChanged explains."""
-    found = resolved(prepared)
+    found = {**resolved(prepared), "weights": [folder.name for folder in run.folders()]}
     known = durable.load_json(run.resolved)
     if known is None:
         durable.save_json(run.resolved, found)
@@ -27,6 +27,12 @@ def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
             "Put things back as they were and resume, or start a new run.",
         )
     return dict(known)
+
+
+def list_examples(run: rundir.Run, prepared: Prepared) -> None:
+    """Write examples.json in the first attempt: which examples there are, for whoever divides what is missing."""
+    if not run.examples.exists():
+        durable.save_json(run.examples, {"ids": prepared.example_ids})
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:

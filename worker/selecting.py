@@ -17,6 +17,8 @@ def select(run: rundir.Run, attempt: rundir.Attempt, prepared: Prepared) -> None
 
     A re-ranker that raises or hangs gives rows with an error, never a failed run.
     """
+    if not prepared.items:  # a share of a run with fewer examples than machines
+        return
     chosen = rows.Index()
     for path in run.selection_files():
         rows.index(path, chosen)

@@ -125,12 +125,12 @@ def wait(name: str | None, **how: Any) -> None:
     go_on(rental, how)
 
 
-def enforced(say: Any, spared: str | None = None) -> None:
+def enforced(say: Any, *spared: str | None) -> None:
     """Give back what is past its caps before anything else; trouble with that is said, and stops nothing.
 
-    `spared`: the machine that is about to be used; it may be idle.
+    `spared`: machines that are about to be used; they may be idle.
     """
-    for error in enforcing.enforce(say, spared):
+    for error in enforcing.enforce(say, *spared):
         click.echo(f"{error.message}\n{error.hint}", err=True)
 
 

@@ -12,7 +12,7 @@ import click
 
 from jobs import spec
 from orchestrator import advance, errors, journey, machines, planning, rentals, runs, sync, tenancy, view
-from orchestrator.cli import completion, output, results, wishes
+from orchestrator.cli import completion, output, results, sharing, wishes
 from orchestrator.cli.cloud import agree_to_rent, enforced
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
@@ -52,7 +52,7 @@ class Command(click.Command):
 
 @click.command(cls=Command)
 @click.argument("name", metavar="[JOB | -- COMMAND…]", required=False, shell_complete=completion.job)
-@click.option("--on", "machine", shell_complete=completion.machine, help="The machine; `local` is this computer.")
+@click.option("--on", "machine", multiple=True, shell_complete=completion.machine, help=sharing.ON)
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_pairs, help=_SETTING)
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first N examples only.")
 @click.option("--need", "needs", metavar="PATH", multiple=True, help="A file or folder that travels in any case.")
@@ -63,6 +63,7 @@ class Command(click.Command):
 @click.option("--environment", type=click.Choice(spec.ENVIRONMENTS), help="What Python packages it gets there.")
 @wishes.need
 @wishes.caps
+@click.option("--machines", type=sharing.COUNT, help=sharing.MACHINES)
 @click.option("--mirror", metavar="PATH|hf://REPO", default="", help="Where else its rows are kept while it goes on.")
 @click.option("--terminate", is_flag=True, help="Give its machine back once all is home, after a failure too.")
 @click.option(
@@ -81,52 +82,54 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
     Example:  gpu run eval-gsm8k --limit 20
               gpu run eval-gsm8k --on box --set model=Qwen/Qwen2.5-0.5B-Instruct
               gpu run eval-gsm8k --gpu A100 --budget 5 --terminate
+              gpu run eval-gsm8k --gpu A100 --machines 4 --budget 20 --terminate
+              gpu run eval-gsm8k --on box --on otherbox
               gpu run --on box --out 'results/*.jsonl' -- python scripts/diagnose.py --deep
     """
     job = _job(name, ctx.meta[AFTER])
-    rents = _is_rented(how)
-    machine = machines.LOCAL if rents else machines.choose(how["machine"])
+    boxes, many = sharing.asked(job, how)
+    machine = boxes[0] if boxes else machines.LOCAL if sharing.is_rented(how) else machines.choose(None)
     enforced(output.progress(how["quiet"]), machine)
     asked = planning.Asked(machine=machine, **{key: how[key] for key in (*_ASKED, *_AFTERWARDS)})
     document = planning.request(asked, job)
-    if rents:
-        asked = _rented(asked, document, how)
-    elif how["dry_run"]:
-        _show_check(planning.check(document), how["as_json"])
+    asked = _looked_at(asked, document, how, many)
     if how["dry_run"]:
         return
-    started = planning.begin(document, asked, job, size_guard(how["yes"]))
+    started = planning.begin(document, sharing.divided(asked, boxes, many), job, size_guard(how["yes"]))
     _announce(started, how, started.record.machine)
     _carry(started, how)
 
 
-def _is_rented(how: dict[str, Any]) -> bool:
-    """Whether a machine is to be rented; UsageError when one that is there is asked for as well."""
-    rents = bool(how["gpu"] or how["type_name"])
-    if rents and how["machine"] is not None:
-        raise errors.UsageError("Say either --on NAME or what to rent, not both. Nothing was rented.")
-    return rents
+def _looked_at(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any], many: int) -> planning.Asked:
+    """What was asked, with what is to be rented for it; a dry run says what is found of it."""
+    if sharing.is_rented(how):
+        return _rented(asked, document, how, many)
+    if how["dry_run"]:
+        _show_check(planning.check(document), how["as_json"])
+    return asked
 
 
-def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]) -> planning.Asked:
-    """What was asked, on a machine that is to be rented for it: looked at, and agreed to; nothing is rented yet."""
-    from orchestrator import preflight, renting, tenancy
+def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any], many: int = 1) -> planning.Asked:
+    """What was asked, on machines that are to be rented for it: looked at, and agreed to; nothing is rented yet."""
+    from orchestrator import fleet, preflight, renting, tenancy
 
     say = output.progress(how["quiet"])
     looked = preflight.look(document)
     _say_findings(looked, say, how)
-    wish = renting.wish(how)
+    wish = how.get("wish") or renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
-    account, offer = renting.plan(wish)
+    part = fleet.part_of(wish, many)
+    account, offer = renting.plan(part)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
-    for line in renting.in_words(wish, account, offer):
+    lines = renting.in_words(part, account, offer)
+    for line in [*lines, *sharing.in_words(wish, many, offer.price_usd_per_hour)]:
         say(line)
     if how["dry_run"]:
         return asked
     agree_to_rent(how["yes"])
     name = tenancy.name_for(document["run_id"])
     renting.check_name(name)
-    return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
+    return dataclasses.replace(asked, machine=name, rents=fleet.document(wish))
 
 
 def _say_findings(looked: Preflight, say: Callable[[str], None], how: dict[str, Any]) -> None:
@@ -157,11 +160,10 @@ def size_guard(yes: bool) -> Callable[[int], None]:
 
 @click.command()
 @click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
-@click.option(
-    "--on", "machine", shell_complete=completion.machine, help="Go on on this machine; `local` is this computer."
-)
+@click.option("--on", "machine", multiple=True, shell_complete=completion.machine, help=sharing.ON)
 @wishes.need
 @wishes.caps
+@click.option("--machines", type=sharing.COUNT, help=sharing.MACHINES)
 @click.option("--take-over", is_flag=True, help="Also when the old machine does not answer, or still works on it.")
 @click.option("--queue/--no-queue", default=None, help="Wait while others have the GPUs.")
 @click.option("--detach", is_flag=True, help="Return once it runs; it goes on by itself.")
@@ -177,17 +179,18 @@ def resume(name: str | None, **how: Any) -> None:
     Example:  gpu resume
               gpu resume 20261120-eval-gsm8k-tiny-3f9c --on otherbox
               gpu resume --gpu H100 --terminate
+              gpu resume --on box --on otherbox
     """
-    found = runs.find(name)
-    enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine)
+    found, boxes = runs.find(name), sharing.places(how)
+    enforced(output.progress(how["quiet"]), how["machine"] or found.record.machine, *sharing.used(found, boxes))
     found.reload()
-    if _is_rented(how):
+    is_shared = sharing.is_shared(found, how, boxes)
+    if not is_shared and sharing.is_rented(how):
         how["machine"] = _rented_again(found, how)
-    _announce(found, how, machines.choose(how["machine"]) if how["machine"] else found.record.machine)
+    _announce(found, how, ", ".join(boxes) or found.record.machine)
     try:
         with _leaving(found):
-            wish = journey.Wish(**{key: how[key] for key in _WISH}, guard=size_guard(how["yes"]))
-            journey.carry_on(found, wish)
+            _carry_on(found, how, boxes, is_shared=is_shared)
     except (errors.GpuError, click.exceptions.Exit):
         _show_outcome(found, how)
         raise
@@ -195,9 +198,25 @@ def resume(name: str | None, **how: Any) -> None:
     _carry(found, how)
 
 
+def _carry_on(found: Run, how: dict[str, Any], boxes: list[str], *, is_shared: bool) -> None:
+    """Have a run be gone on with as wished, or look where it stands."""
+    if is_shared:
+        sharing.resume(found, how, boxes, lambda many: _rented_for(found, how, many))
+        return
+    journey.carry_on(found, journey.Wish(**{key: how[key] for key in _WISH}, guard=size_guard(how["yes"])))
+
+
+def _rented_for(found: Run, how: dict[str, Any], many: int) -> dict[str, Any]:
+    """What is to be rented for a run that so many machines are to share: as typed, or else as it was asked before."""
+    kept = None if sharing.is_rented(how) else tenancy.wish(found)
+    document = {**found.job(), "run_id": f"again-{tenancy.next_name(found)}"}
+    asked = planning.Asked(machine=machines.LOCAL, settings={})
+    return _rented(asked, document, {**how, "dry_run": False, "wish": kept}, many).rents
+
+
 def _note_wishes(found: Run, how: dict[str, Any]) -> None:
     """Keep what was asked of a resumed run's machine: that it goes back, or that the run has left what is rented."""
-    if how["machine"] and rentals.find(how["machine"]) is None:
+    if how["machine"] and not found.record.machines and rentals.find(how["machine"]) is None:
         found.save(rents={})
     if how["terminate"] is not None and found.record.state != "sealed":
         found.save(terminate=how["terminate"])
@@ -219,7 +238,14 @@ def _announce(run: Run, how: dict[str, Any], machine: str) -> None:
     """Say the run's id first of all: with it, everything else can be found."""
     if how["as_json"]:
         return
-    where = "this computer" if machine == machines.LOCAL else machine
+    many = run.record.machines
+    where = (
+        f"{many} machines"
+        if many > 1 and machine == run.record.machine
+        else "this computer"
+        if machine == machines.LOCAL
+        else machine
+    )
     click.echo(run.run_id if how["quiet"] else f"{run.run_id}  {run.record.job} on {where}")
 
 
@@ -229,7 +255,10 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
     failure: errors.GpuError | None = None
     try:
         with _leaving(run):
-            tenancy.carry(run, lambda: _go(run, how), say)
+            if run.record.machines:
+                _crew(run, how)
+            else:
+                tenancy.carry(run, lambda: _go(run, how), say)
     except errors.GpuError as error:
         failure = error
     finally:
@@ -241,16 +270,21 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
     _say_left(run)
     if failure:
         raise failure
-    for left in journey.gather(run) if run.record.former else ():
+    for left in sharing.left(run) if run.record.machines else journey.gather(run) if run.record.former else ():
         click.echo(f"{left} did not answer, and may still work on {run.run_id}; ask again: gpu pull", err=True)
     if run.record.state in runs.ENDED:
         advance.raise_if_not_done(run)
 
 
 def _after(run: Run, say: Callable[[str], None], failure: errors.GpuError | None) -> None:
-    """Give its machine back, where that was asked for; should that fail, what came before is said, too."""
+    """Give back what was rented for it, where that was asked for; should that fail, what came before is said, too."""
+    from orchestrator import fleet
+
     try:
-        tenancy.after(run, say, failure)
+        if run.record.machines:
+            fleet.after(run, say)
+        else:
+            tenancy.after(run, say, failure)
     except errors.GpuError:
         if failure:
             click.echo(plain(f"Error: {failure.message}\n{failure.hint}"), err=True)
@@ -261,6 +295,13 @@ def _say_left(run: Run) -> None:
     """Say what goes on costing money, however quiet the command is to be."""
     if words := tenancy.left(run):
         click.echo(words, err=True)
+
+
+def _crew(run: Run, how: dict[str, Any]) -> None:
+    """Have several machines bring it home, or only have each set off, with what a person sees meanwhile."""
+    from orchestrator import crew
+
+    crew.carry(run, crew.Manner(lambda: _watching(run, how), _waiting(run), how["detach"]))
 
 
 def _go(run: Run, how: dict[str, bool]) -> None:

@@ -38,8 +38,9 @@ def runs(everything: bool, refresh: bool, as_json: bool) -> None:
     found = list(records.remembered())
     found = found if everything else found[-_SHOWN:]
     for run in found:
-        left = refresh and not all(entry["settled"] for entry in run.record.former)
-        if left or (run.record.state == "running" and (refresh or run.record.machine == machines.LOCAL)):
+        left = refresh and not records.is_settled(run)
+        here = [part for part in records.workers(run) if part.record.machine == machines.LOCAL]
+        if left or (run.record.state == "running" and (refresh or here)):
             _refresh(run, everywhere=refresh)
     documents = [advance.document(run) for run in found]
     if as_json:

@@ -1,0 +1,54 @@
+"""What a worker makes of a share: the prompts, seeds and order of a run on one machine, of its own examples only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import rundir, shares, spec
+from worker import plan
+from worker.expectation import Watch
+from worker.failures import OutOfExpectation
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    params = spec.load(spec.CATALOG / "eval-gsm8k.toml").fill({"samples": "2"})
+    return {"job": "eval-gsm8k", "story": "evaluate", "task": "gsm8k", "params": params, "limit": 5}
+
+
+def items(job: dict[str, Any], scratch: Path) -> dict[str, tuple[Any, ...]]:
+    prepared = plan.rehearse(job, scratch, lambda _: None)
+    assert len(prepared.example_ids) == 5
+    assert prepared.first_prompt
+    return {item.key: (item.prompt.seed, tuple(item.prompt.token_ids), item.asked) for item in prepared.items}
+
+
+def test_shares_are_what_one_machine_asks(job: dict[str, Any], tmp_path: Path) -> None:
+    """Together the shares ask what a run of one machine asks: the same keys, prompts and seeds, none of them twice."""
+    whole = items(job, tmp_path)
+    parts = [items({**job, "share": shares.every(index, 3)}, tmp_path) for index in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 2]
+    assert {key: part[key] for part in parts for key in part} == whole
+    assert list(parts[0]) == [key for key in whole if key in parts[0]], "in the order of the dataset"
+    named = plan.rehearse({**job, "share": shares.only([])}, tmp_path, lambda _: None)
+    assert named.items == []
+
+
+def test_several_watches_err_as_seldom_as_one(job: dict[str, Any], tmp_path: Path) -> None:
+    """Each of n machines that watch the score stops a run later than one alone would: together they err as seldom."""
+    run = rundir.Run(tmp_path)
+    prepared = plan.rehearse({**job, "limit": 40, "params": {**job["params"], "samples": 1}}, tmp_path, lambda _: None)
+    stopped = []
+    for among in (1, 4):
+        watch = Watch("0.9..1.0", run, prepared.items, among)
+        for seen, item in enumerate(prepared.items):
+            row = {"key": item.key, "error": None, "example_id": item.example.id, "score": 0.0, "completion": ""}
+            try:
+                watch.see(row)
+            except OutOfExpectation:
+                stopped.append(seen)
+                break
+    assert stopped[0] < stopped[1]
