@@ -20,7 +20,7 @@ from orchestrator import agents, onstart
 from orchestrator.errors import ConfigError
 from orchestrator.providers.base import GuardOrder
 from tests.waiting import until
-from tests.worker.container import HOST_KEY, MARKER, Container, contained
+from tests.worker.container import HOST_KEY, MARKER, Container, contained, words
 from tests.worker.container_cloud import KEY, ContainerCloud
 
 ACCOUNT_KEY = "account_key_canary_51c0ffee"
@@ -177,6 +177,23 @@ def test_a_python_in_the_usual_places_is_found(bare: Container, tmp_path: Path, 
     bare.places["/opt/conda/bin"] = str(tmp_path / "conda")
     bare.start(deadline=1.0)
     until(cloud.ended)
+
+
+def test_a_python_that_runs_the_agent_is_preferred(bare: Container, tmp_path: Path) -> None:
+    """One that can only run the watchdog is passed over while there is another that looks and stops as well."""
+    old, new = tmp_path / "programs" / "python3", tmp_path / "conda" / "python3"
+    old.write_text(f'#!/bin/sh\ncase "$2" in *"(3,10)"*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    bare.start(deadline=time.time() + 3600)
+    bare.watchdog()
+    assert any(str(old).encode() in words(pid) for pid in bare.armed())
+    bare.power_off()
+    new.parent.mkdir()
+    new.symlink_to(sys.executable)
+    bare.places["/opt/conda/bin"] = str(new.parent)
+    before = bare.view()["pid"]
+    bare.start(deadline=time.time() + 3600)
+    bare.seen(lambda view: view["pid"] != before)
+    assert all(str(new).encode() in words(pid) for pid in bare.armed())
 
 
 @pytest.mark.skipif(not OLDEST.exists(), reason="no Python 3.8 here")

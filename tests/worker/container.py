@@ -126,7 +126,7 @@ class Container:
 
     def armed(self) -> list[int]:
         """The processes of watchdogs, and the shells that start them again."""
-        return [pid for pid in self.pids() if b"zlib.decompress" in _words(pid)]
+        return [pid for pid in self.pids() if b"zlib.decompress" in words(pid)]
 
     def watchdog(self) -> int:
         """The process of the watchdog that has the lock."""
@@ -190,7 +190,8 @@ def contained(folder: Path) -> Iterator[Container]:
         assert all(path.endswith(f"/{OWN}/") for _, _, path, _ in cloud.calls)
 
 
-def _words(pid: int) -> bytes:
+def words(pid: int) -> bytes:
+    """The words of a process; empty when it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""

@@ -166,6 +166,21 @@ def test_what_is_not_home_is_stopped_and_never_destroyed_for_being_idle(
     until(cloud.ended)
 
 
+def test_what_is_made_while_the_provider_is_asked_is_seen(
+    box: Container, cloud: ContainerCloud, agent: str, run: rundir.Run
+) -> None:
+    """A row that comes between the look that found all at home and the end keeps the machine from being destroyed."""
+    acknowledge(box, run, agent)
+    box.start(idle_limit_s=1.0, patience_s=3.0)
+    box.seen(lambda view: view.get("answered_at"))
+    cloud.faults = [Fault("GET", hang=True)]
+    until(lambda: not cloud.faults)
+    assert box.view()["unpulled"] == []
+    add_row(run, 2)
+    until(cloud.stopped)
+    assert cloud.ended() == []
+
+
 def test_the_hard_deadline_destroys_whatever_is_not_home(
     box: Container, cloud: ContainerCloud, agent: str, run: rundir.Run
 ) -> None:
@@ -198,8 +213,8 @@ def test_before_there_is_an_agent_somebody_over_ssh_is_use(box: Container, cloud
     for number, words in enumerate((b"sshd: /usr/sbin/sshd -D", b"python\0a@b", b"sshd: root@pts/0\0\0")):
         (box.folder / "processes" / str(number)).mkdir()
         (box.folder / "processes" / str(number) / "cmdline").write_bytes(words)
-    box.start(idle_limit_s=0.7)
-    box.seen(lambda view: cloud.calls and time.time() - cloud.calls[0][0] > 1.0 and view["idle_s"] < 0.7)
+    box.start(idle_limit_s=0.5)
+    box.seen(lambda view: cloud.calls and time.time() - cloud.calls[0][0] > 1.3 and view["idle_s"] < 0.5)
     assert cloud.ended() == []
     (box.folder / "processes" / "2" / "cmdline").write_bytes(b"sleep\0")
     left = time.time()

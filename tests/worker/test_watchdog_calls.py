@@ -137,11 +137,11 @@ def test_a_clock_that_was_wrong_at_the_start_is_mended(box: Container, cloud: Co
 def test_a_wall_clock_ahead_is_a_doubt_that_the_provider_settles(box: Container, cloud: ContainerCloud) -> None:
     """A clock that jumps ahead may have slept with its machine: the provider is asked soon, and what it says counts."""
     box.set_clock(0)
-    box.start(deadline=time.time() + HOUR_S, pace=QUICK / 2)
+    box.start(deadline=time.time() + HOUR_S, pace=0.006)
     box.seen(lambda view: view.get("answered_at"))
     box.set_clock(2 * HOUR_S)
     asked = len(cloud.asked("GET"))
-    until(lambda: len(cloud.asked("GET")) > asked)
+    until(lambda: len(cloud.asked("GET")) > asked, 12)
     assert (cloud.ended(), box.view()["phase"]) == ([], "armed")
     cloud.clock_ahead_s = 2 * HOUR_S
     until(cloud.ended)
@@ -185,5 +185,6 @@ print(watchdog.within(0.2, work), time.monotonic() - began < 20)
 
 def test_what_will_not_be_given_up_is_given_up_again() -> None:
     """Work that waits on after its time, as for a child that cannot die, is interrupted once more, and left."""
-    done = subprocess.run([sys.executable, "-c", STUBBORN, str(ROOT)], capture_output=True, text=True, check=True)
+    words = [sys.executable, "-c", STUBBORN, str(ROOT)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=40)
     assert done.stdout.split() == ["TimeoutError", "True"]
