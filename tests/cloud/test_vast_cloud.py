@@ -37,7 +37,8 @@ OTHER = PUBLIC_KEY.replace("ICN+", "IDN+")
 def test_a_wrong_key_is_a_404_that_is_no_absence(vast: VastCloud) -> None:
     """404 with `auth_error` unless the knob has it 401 or a page of 403; without a key 403; offers need none."""
     name = launch(vast)
-    for call in (f"GET /instances/{name}/", f"DELETE /instances/{name}/", "GET /users/current/"):
+    assert vast.handle("POST", "/api/v0/bundles/", {}, b"{}").status == 200
+    for call in (f"GET /instances/{name}/", f"DELETE /instances/{name}/", "GET /users/current/", "POST /bundles/"):
         assert ask(vast, call, key="wrong") == (
             404,
             {"success": False, "error": "auth_error", "msg": "Invalid user key"},
@@ -154,6 +155,9 @@ def test_lists_are_filtered_and_cut(vast: VastCloud, clock: Clock) -> None:
         assert ask(vast, f"GET /v1/instances/?{wrong}=%7Bx")[0] == 400
     rows = said(vast, "GET /instances/?owner=me")
     assert rows["instances_found"] == 4
+    vast.null_lists = True
+    assert page(vast, select_filters={"label": {"eq": "none"}})["instances"] is None
+    assert page(vast, select_filters={"label": {"eq": "gpu-a"}})["instances"] is not None
 
 
 # --- keys and logs ---------------------------------------------------------------------------------------------------

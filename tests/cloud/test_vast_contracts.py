@@ -200,7 +200,7 @@ def test_bids_have_their_bounds(vast: VastCloud, clock: Clock) -> None:
     said(vast, f"PUT /instances/bid_price/{name}/", {"price": 0.001})
     assert states(vast, name) == HALTED
     vast.outbid(other)
-    assert status_of(vast, other) == "running"
+    assert states(vast, other)["cur_state"] == "running"
 
 
 # --- money -----------------------------------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ class VastCloud(Core):
         "gone_offer_status",
         "no_keys_status",
         "keys_in_object",
+        "null_lists",
         "plain_key_lists",
         "keys_reach_all",
         "result_refusals",
@@ -117,6 +118,8 @@ class VastCloud(Core):
         """How no keys in the account are told of: 404, or 200 with an empty list."""
         self.keys_in_object = False
         """Whether the account's keys come in an object instead of a list."""
+        self.null_lists = False
+        """Whether a page without instances has null for them."""
         self.plain_key_lists = False
         """Whether an instance's keys come as a list instead of a text."""
         self.keys_reach_all = False
@@ -160,10 +163,10 @@ class VastCloud(Core):
         return route.act(self, request, *numbers)
 
     def _refused(self, request: Request, numbers: tuple[str, ...]) -> Answer | None:
-        """What a key is told that may not do this; offers are shown to everybody."""
-        if request.word == "offers":
-            return None
+        """What a key is told that may not do this; without one, offers alone are shown."""
         how, _, key = request.headers.get("authorization", "").partition(" ")
+        if request.word == "offers" and not key:
+            return None
         if not key or how.lower() != "bearer":
             return Refused("auth_error", "Please log in or sign up", status=403).answer()
         allowed = vast_routes.is_allowed(self, key, request.word, tuple(str(int(number)) for number in numbers))

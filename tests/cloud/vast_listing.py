@@ -52,13 +52,14 @@ def page(cloud: VastCloud, request: Request) -> Answer:
     rest = [row for row in rows if after is None or _place(row, order) > after]
     shown, more = rest[: _limit(asked)], rest[_limit(asked) :]
     columns = _parsed(asked, "select_cols", ["*"])
+    cut = [row if "*" in columns else {name: row.get(name) for name in columns} for row in shown]
     found: Json = {
         "success": True,
         "instances_found": len(shown),
         "total_instances": len(rows),
         "label_counts": dict(Counter(row["label"] or "" for row in rows)),
         "next_token": _token(shown[-1], order) if more else None,
-        "instances": [row if "*" in columns else {name: row.get(name) for name in columns} for row in shown],
+        "instances": None if cloud.null_lists and not cut else cut,
     }
     return as_json(200, found)
 
