@@ -235,7 +235,7 @@ def _initialises(up: _Climb, offer: Offer) -> str:
 
 
 def _guarded(up: _Climb) -> str:
-    """A guard that was asked for and cannot be read back is none: the machine is not kept."""
+    """A guard that cannot be read back, or that its provider does not answer, is none: the machine is not kept."""
 
     def look() -> str | None:
         try:
@@ -244,7 +244,8 @@ def _guarded(up: _Climb) -> str:
             up.last = error.message
             return None
         up.last = seen["error"]
-        return guarding.in_words(up.rental) if seen["alive"] else None
+        is_armed = seen["alive"] and seen["answered"] and not seen["error"]
+        return guarding.in_words(up.rental) if is_armed else None
 
     return up.until(look, _GUARD_S, "its guard is not armed")
 
