@@ -58,17 +58,8 @@ def advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool
     except (GpuError, OSError) as error:
         if isinstance(error, MayCost) or not rental.may_cost:
             raise
-        raise _costs(rental, provider, error) from None
-
-
-def _costs(rental: Rental, provider: Provider, error: GpuError | OSError) -> MayCost:
-    why = error.message if isinstance(error, GpuError) else f"{error.filename}: {error.strerror}."
-    instance, price = rental.record.instance_id or "not known yet", rental.price_usd_per_hour or 0.0
-    return MayCost(
-        f"{why} {rental.name} (instance {instance}, {rental.in_words()}) MAY GO ON COSTING {price:.2f} USD/h.",
-        f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}. "
-        f"Or look: {provider.dashboard}",
-    )
+        words = f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}."
+        raise returning.goes_on(rental, error, words) from None
 
 
 def _advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals
+from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals, returning
 from orchestrator.errors import ConfigError, GpuError, NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
@@ -98,9 +98,17 @@ def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
     with rental.locked():
         if rental.record.state in ENDED:
             raise gone(rental)
-        launching.launch(rental, market.account_of(rental), say, wait_capacity=wait_capacity)
+        launching.launch(rental, _account_of(rental), say, wait_capacity=wait_capacity)
         if rental.record.state in ENDED:
             raise gone(rental)
+
+
+def _account_of(rental: Rental) -> Provider:
+    """The account it is rented in; MayCost when that cannot be asked while it may cost money."""
+    try:
+        return market.account_of(rental)
+    except GpuError as error:
+        raise returning.goes_on(rental, error) from None
 
 
 def gone(rental: Rental) -> GpuError:
@@ -138,7 +146,7 @@ def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) 
 
     Raises ConfigError when it is given back instead, because that had begun.
     """
-    account = market.account_of(rental)
+    account = _account_of(rental)
     with rental.locked():
         rental.save(unattended=until_rented)
         while rental.record.state in ("planned", "launching") or (

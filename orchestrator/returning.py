@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, outcome, providers, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
+    ConfigError,
     GpuError,
+    MayCost,
     NotNoted,
     NotReturned,
     ProviderDown,
@@ -147,6 +149,20 @@ def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
         f"{rental.name} (instance {rental.record.instance_id}, {rental.in_words()}) MAY STILL COST {cost}: its "
         f"provider has not said that it is gone. {why}",
         f"Again: gpu terminate {rental.name}. Or end it by hand: {provider.dashboard}",
+    )
+
+
+def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuError:
+    """The error of a command while a machine may cost money: an error of another kind would say that nothing does."""
+    known = error if isinstance(error, GpuError) else ConfigError(f"{rental.folder}: {error}.")
+    if isinstance(known, (MayCost, NotNoted)) or not rental.may_cost:
+        return known
+    cloud, price = providers.PROVIDERS.get(rental.record.provider), rental.price_usd_per_hour or 0.0
+    what = f"{rental.name} (instance {rental.record.instance_id or 'not known yet'}, {rental.in_words()})"
+    look = f"Or look: {cloud.dashboard}" if cloud else ""
+    return MayCost(
+        f"{known.message} {what} MAY GO ON COSTING {price:.2f} USD/h.",
+        f"{hint or known.hint or f'Again: gpu terminate {rental.name}'} {look}",
     )
 
 

@@ -25,6 +25,8 @@ class Cloud:
     title: str
     key_page: str
     """Where account keys are made."""
+    dashboard: str
+    """Where a person looks at what is rented, whatever becomes of a key."""
     make: Callable[[str], Provider]
     """With an account's key; imports what it needs only then."""
 
@@ -35,7 +37,9 @@ def _lambda(key: str) -> Provider:
     return LambdaCloud(key)
 
 
-PROVIDERS: dict[str, Cloud] = {"lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda)}
+PROVIDERS: dict[str, Cloud] = {
+    "lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", "https://cloud.lambda.ai/instances", _lambda),
+}
 
 
 def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.open

@@ -375,3 +375,18 @@ def test_a_machine_that_is_not_what_was_offered_is_given_back(quick: Cloud, chan
     assert said in command.communicate(timeout=60)[1]
     assert billing(quick) == [quick.core.ours()[1].instance_id]
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+@pytest.mark.parametrize("key", ["", "wrong-key-0123456789"])
+def test_without_its_key_a_machine_is_said_to_cost(quick: Cloud, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """With no key, or a wrong one, what cannot be given back or gone on with is named once: id, price and link."""
+    assert gpu(*A10, "--no-wait").returncode == 0
+    (instance,), mine = billing(quick), os.environ["LAMBDA_API_KEY"]
+    monkeypatch.setenv("LAMBDA_API_KEY", key)
+    for words in (("terminate", "a10", "-y"), ("wait", "a10")):
+        done = gpu(*words)
+        assert done.returncode == COSTS, done.stderr
+        for said in (instance, "0.75 USD/h", DASHBOARD):
+            assert done.stderr.count(said) == 1, done.stderr
+    monkeypatch.setenv("LAMBDA_API_KEY", mine)
+    assert gpu("terminate", "a10", "-y").returncode == 0
