@@ -151,15 +151,10 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     rental.save(key_name=key_name, account=provider.account, deadline=deadline)
     order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
-    rental.save(
-        state="launching",
-        marker=marker,
-        offer=asdict(offer),
-        asked_at=asked_at,
-        instance_id=None,
-        host=None,
-        raw_state=None,
-    )
+    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at}
+    with money.in_turn():
+        _check(rental, offer, provider)
+        rental.save(state="launching", instance_id=None, host=None, raw_state=None, **intent)
     try:
         rental.exists(provider.launch(offer, order))
     except NoCapacity as error:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import clock, keys, ledger, rentals
+from jobs import locks
+from orchestrator import clock, config, keys, ledger, rentals
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.providers.base import Offer
 from orchestrator.rentals import Caps
+
+_LOCK_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,16 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
         more = "without end" if others is None else f"up to {others:.2f}"
         words = f"{spent:.2f} USD are spent this month, {more} by what is rented already, and {offer.type_name} {words}"
         _check_limit("usd_per_month", bounds.usd_per_month, total, words)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Be the one process that checks limits and notes what it is about to rent: two would both find room for one."""
+    try:
+        with locks.held(config.state_folder() / "limits.lock", _LOCK_WAIT_S):
+            yield
+    except TimeoutError:
+        raise ConfigError("Other commands rent machines all the time. Nothing was rented.", "Try again.") from None
 
 
 def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:

@@ -270,9 +270,8 @@ def test_a_name_is_taken_until_its_old_machine_is_tidied_up(monkeypatch: pytest.
     """Who ends a machine may still be at its folder: no other one takes its place before; and no lock outlives that."""
     monkeypatch.setattr(rentals, "_LOCK_WAIT_S", 0.05)
     old = made(state="gone")
-    with old.locked():
-        with pytest.raises(ConfigError, match="Another command"):
-            rentals.create("box", "lambda", TERMS)
+    with old.locked(), pytest.raises(ConfigError, match="Another command"):
+        rentals.create("box", "lambda", TERMS)
     late = again()
     waiting = os.open(late.folder / "rental.lock", os.O_RDWR)
     new = made()
