@@ -101,10 +101,19 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
 
 
 def _is_rented(how: dict[str, Any]) -> bool:
-    """Whether a machine is to be rented; UsageError when one that is there is asked for as well."""
+    """Whether a machine is to be rented; UsageError when one that is there is asked for as well.
+
+    A cap, or a wish about a machine, that would not be kept is refused: it must not be believed to hold.
+    """
     rents = bool(how["gpu"] or how["type_name"])
     if rents and how["machine"] is not None:
         raise errors.UsageError("Say either --on NAME or what to rent, not both. Nothing was rented.")
+    typed = [] if rents else wishes.typed(click.get_current_context())
+    if typed:
+        raise errors.UsageError(
+            f"{typed[0]} is for a machine that is rented for the run, and none is asked for. Nothing was started.",
+            "Say what to rent: --gpu NAME. One that was launched keeps the caps of its launch.",
+        )
     return rents
 
 

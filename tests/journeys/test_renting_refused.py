@@ -177,3 +177,14 @@ def test_two_launches_at_once_keep_a_limit_together(light_cloud: Cloud) -> None:
     assert sorted(command.returncode for command in at_once) == [0, CONFIG, CONFIG, CONFIG], said
     assert len(light_cloud.core.still_billing()) == 1
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "--on", "local", "--budget", "2"), ("run", "--count", "8"), ("resume", "--max-hours", "1")]
+)
+def test_a_cap_that_would_not_hold_is_refused(light_cloud: Cloud, words: tuple[str, ...]) -> None:
+    """A cap, or a wish about a machine, is not passed over in silence where nothing is rented."""
+    assert gpu("run", "-q", "--environment", "none", "--", "true").returncode == 0
+    more = () if words[0] == "resume" else ("--", "true")
+    assert is_refused(gpu(*words, *more), USAGE, f"{words[-2]} is for a machine that is rented for the run")
+    assert light_cloud.core.calls == []
