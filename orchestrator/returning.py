@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, outcome, providers, runs, user_ssh
+from orchestrator import clock, inventory, journey, machines, outcome, providers, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -29,6 +29,8 @@ _ASK_AGAIN_S = 30.0
 _TWICE_S = 5.0
 """Between the two answers that an instance is gone."""
 _GRACE_S = 30.0
+_LOOK_S = 30.0
+_SHOWN_MAX = 10
 Say = Callable[[str], None]
 
 
@@ -58,6 +60,21 @@ def _bring_home(rental: Rental) -> None:
             "It was not given back, and goes on costing money.",
             f"Stop it first: gpu stop {left[0]}. To give up what is there: gpu terminate {rental.name} --discard",
         )
+
+    if strangers := _strangers(rental):
+        raise UsageError(
+            f"{', '.join(strangers)} on {rental.name} was not begun from this computer, which cannot bring home what "
+            "is there. It was not given back, and goes on costing money.",
+            f"Pull it where it was begun. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
+def _strangers(rental: Rental) -> list[str]:
+    """The runs on a machine, as far as it can be asked, of which nothing was ever known here."""
+    with contextlib.suppress(GpuError), machines.at(rental.name) as machine:
+        told = machine.call(["ls", "-1", f"{machine.root}/runs"], b"", _LOOK_S).decode("utf-8", "replace")
+        return [plain(name) for name in told.splitlines() if name and not runs.is_remembered(name)][:_SHOWN_MAX]
+    return []
 
 
 def stop_runs(rental: Rental) -> None:
