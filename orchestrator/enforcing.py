@@ -18,7 +18,7 @@ from orchestrator import (
     runs,
     tenancy,
 )
-from orchestrator.errors import GpuError, MayCost, NotNoted
+from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
 
@@ -45,21 +45,8 @@ def enforce(say: Say, *spared: str | None) -> list[GpuError]:
                     returning.stop_runs(rental)  # a worker that hangs is idle, too
                     returning.give_back(rental, market.account_of(rental), say)
         except (GpuError, OSError) as error:
-            errors.append(_trouble(rental, error))
+            errors.append(returning.goes_on(rental, error))
     return errors
-
-
-def _trouble(rental: Rental, error: GpuError | OSError) -> GpuError:
-    """What is said when a machine was to be given back and was not: that it may go on costing money."""
-    if isinstance(error, (MayCost, NotNoted)):
-        return error
-    why, hint = f"{rental.folder}: {error}.", ""
-    if isinstance(error, GpuError):
-        why, hint = error.message, error.hint
-    price = rental.price_usd_per_hour or 0.0
-    return MayCost(
-        f"{why} {rental.name} MAY GO ON COSTING {price:.2f} USD/h.", hint or f"Again: gpu terminate {rental.name}"
-    )
 
 
 def _why_over(rental: Rental) -> str:
@@ -87,7 +74,7 @@ def step(say: Say) -> list[GpuError]:
                 with rental.locked():
                     _go_on(rental, say)
         except (GpuError, OSError) as error:
-            errors.append(_trouble(rental, error))
+            errors.append(returning.goes_on(rental, error))
     for run in runs.remembered():
         try:
             _look_at(run, say)

@@ -15,7 +15,6 @@ from orchestrator import (
     notices,
     offers,
     outcome,
-    providers,
     readiness,
     returning,
 )
@@ -71,17 +70,8 @@ def advance(rental: Rental, say: Say, *, wait_capacity: bool = False) -> None:
     except (GpuError, OSError) as error:
         if isinstance(error, MayCost) or not rental.may_cost:
             raise
-        raise _costs(rental, error) from None
-
-
-def _costs(rental: Rental, error: GpuError | OSError) -> MayCost:
-    why = error.message if isinstance(error, GpuError) else f"{error.filename}: {error.strerror}."
-    instance, price = rental.record.instance_id or "not known yet", rental.price_usd_per_hour or 0.0
-    return MayCost(
-        f"{why} {rental.name} (instance {instance}, {rental.in_words()}) MAY GO ON COSTING {price:.2f} USD/h.",
-        f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}. "
-        f"Or look: {providers.PROVIDERS[rental.record.provider].dashboard}",
-    )
+        words = f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}."
+        raise returning.goes_on(rental, error, words) from None
 
 
 def _advance(rental: Rental, say: Say, *, wait_capacity: bool) -> None:
@@ -192,16 +182,10 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     rental.save(key_name=key_name, deadline=deadline)
     order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
-    rental.save(
-        state="launching",
-        marker=marker,
-        offer=asdict(offer),
-        asked_at=asked_at,
-        instance_id=None,
-        host=None,
-        raw_state=None,
-        ready_at=None,
-    )
+    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at}
+    with money.in_turn():
+        _check(rental, offer, provider)
+        rental.save(state="launching", instance_id=None, host=None, raw_state=None, ready_at=None, **intent)
     try:
         rental.exists(provider.launch(offer, order))
     except NoCapacity as error:

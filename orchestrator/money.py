@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import clock, keys, ledger, rentals
+from jobs import locks
+from orchestrator import clock, config, keys, ledger, rentals
 from orchestrator.errors import ConfigError, Refused, UsageError
 from orchestrator.providers.base import Offer, Provider
 from orchestrator.rentals import Caps
+
+_LOCK_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,16 @@ def _check_credit(left: float | None, most: float | None, least: float, offer: O
             "its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
             "Lower --budget or --max-hours, or add credit.",
         )
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Be the one process that checks limits and notes what it is about to rent: two would both find room for one."""
+    try:
+        with locks.held(config.state_folder() / "limits.lock", _LOCK_WAIT_S):
+            yield
+    except TimeoutError:
+        raise ConfigError("Other commands rent machines all the time. Nothing was rented.", "Try again.") from None
 
 
 def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:

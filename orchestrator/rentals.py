@@ -216,21 +216,33 @@ class Rental:
         On a disk that takes no lock nobody can launch, and an end may be asked for by several.
         """
         try:
-            lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
+            lock = locks.take(self._lock, _LOCK_WAIT_S)
         except OSError:
             self.reload()
             yield
             return
-        if lock is None:
-            raise ConfigError(
-                f"Another command launches or gives back {self.name} just now. Nothing was changed.",
-                f"Wait for it, or look where it stands: gpu status {self.name}",
-            )
         try:
+            if lock is None or not self._is_mine(lock):
+                raise ConfigError(
+                    f"Another command launches or gives back {self.name} just now. Nothing was changed.",
+                    f"Wait for it, or look where it stands: gpu status {self.name}",
+                )
             self.reload()
             yield
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "rental.lock"
+
+    def _is_mine(self, lock: int) -> bool:
+        """Whether the lock is that of the folder as it is now: another machine of the name may have its place."""
+        try:
+            return os.path.samestat(os.fstat(lock), self._lock.stat())
+        except FileNotFoundError:
+            return False
 
 
 def _path(folder: Path) -> Path:
@@ -327,7 +339,8 @@ def _create(name: str, provider: str, terms: Terms, found: dict[str, Any]) -> Re
                 f"Go on with it: gpu wait {name}. For another one: gpu launch OTHERNAME …",
             )
         if old is not None:
-            machines.remove(name)
+            with old.locked():  # who has just ended it may not be done with its folder
+                machines.remove(name)
         durable.have_folder(folder)
         need, caps = asdict(terms.need), asdict(terms.caps)
         record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard, **found)

@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, market, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, machines, market, outcome, providers, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
+    ConfigError,
     GpuError,
+    MayCost,
     NotNoted,
     NotReturned,
     ProviderDown,
@@ -27,6 +29,8 @@ _ASK_AGAIN_S = 30.0
 _TWICE_S = 5.0
 """Between the two answers that an instance is gone."""
 _GRACE_S = 30.0
+_LOOK_S = 30.0
+_SHOWN_MAX = 10
 Say = Callable[[str], None]
 
 
@@ -68,6 +72,21 @@ def _bring_home(rental: Rental) -> None:
             "It was not given back, and goes on costing money.",
             f"Stop it first: gpu stop {left[0]}. To give up what is there: gpu terminate {rental.name} --discard",
         )
+
+    if strangers := _strangers(rental):
+        raise UsageError(
+            f"{', '.join(strangers)} on {rental.name} was not begun from this computer, which cannot bring home what "
+            "is there. It was not given back, and goes on costing money.",
+            f"Pull it where it was begun. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
+def _strangers(rental: Rental) -> list[str]:
+    """The runs on a machine, as far as it can be asked, of which nothing was ever known here."""
+    with contextlib.suppress(GpuError), machines.at(rental.name) as machine:
+        told = machine.call(["ls", "-1", f"{machine.root}/runs"], b"", _LOOK_S).decode("utf-8", "replace")
+        return [plain(name) for name in told.splitlines() if name and not runs.is_remembered(name)][:_SHOWN_MAX]
+    return []
 
 
 def stop_runs(rental: Rental) -> None:
@@ -159,6 +178,20 @@ def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
         f"{rental.name} (instance {rental.record.instance_id}, {rental.in_words()}) MAY STILL COST {cost}: its "
         f"provider has not said that it is gone. {why}",
         f"Again: gpu terminate {rental.name}. Or end it by hand: {provider.dashboard}",
+    )
+
+
+def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuError:
+    """The error of a command while a machine may cost money: an error of another kind would say that nothing does."""
+    known = error if isinstance(error, GpuError) else ConfigError(f"{rental.folder}: {error}.")
+    if isinstance(known, (MayCost, NotNoted)) or not rental.may_cost:
+        return known
+    cloud, price = providers.PROVIDERS.get(rental.record.provider), rental.price_usd_per_hour or 0.0
+    what = f"{rental.name} (instance {rental.record.instance_id or 'not known yet'}, {rental.in_words()})"
+    look = f"Or look: {cloud.dashboard}" if cloud else ""
+    return MayCost(
+        f"{known.message} {what} MAY GO ON COSTING {price:.2f} USD/h.",
+        f"{hint or known.hint or f'Again: gpu terminate {rental.name}'} {look}",
     )
 
 

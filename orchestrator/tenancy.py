@@ -255,9 +255,7 @@ def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = 
             returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
         rental.reload()
-        if not rental.may_cost:
-            raise
-        raise MayCost(error.message, error.hint) from None
+        raise returning.goes_on(rental, error) from None
     for line in returning.receipt(rental):
         say(line)
 

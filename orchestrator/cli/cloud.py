@@ -21,6 +21,7 @@ from orchestrator import (
     returning,
 )
 from orchestrator.cli import completion, output, wishes
+from orchestrator.plain import plain
 from orchestrator.rentals import Rental
 
 
@@ -131,7 +132,7 @@ def enforced(say: Any, *spared: str | None) -> None:
     `spared`: machines that are about to be used; they may be idle.
     """
     for error in enforcing.enforce(say, *spared):
-        click.echo(f"{error.message}\n{error.hint}", err=True)
+        click.echo(plain(f"{error.message}\n{error.hint}"), err=True)
 
 
 @click.command()
@@ -165,7 +166,16 @@ def terminate(name: str | None, everything: bool, discard: bool, **how: Any) -> 
             click.echo("\n".join(returning.receipt(rental)))
     _say_storage({rental.record.provider for rental in found})
     if failures:
-        raise max(failures, key=lambda error: error.exit_code)
+        raise _worst(failures)
+
+
+def _worst(failures: list[errors.GpuError]) -> errors.GpuError:
+    """The worst of several errors; the others are said here."""
+    worst = max(failures, key=lambda error: error.exit_code)
+    for failure in failures:
+        if failure is not worst:
+            click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
+    return worst
 
 
 def _chosen(name: str | None) -> Rental:
@@ -178,15 +188,13 @@ def _chosen(name: str | None) -> Rental:
 
 
 def _give_back(rental: Rental, say: Any, *, discard: bool) -> errors.GpuError | None:
-    """Give one of several back; what went wrong with it is said, so that the others are given back too."""
+    """Give one of several back; returns what went wrong with it, so that the others are given back too."""
     try:
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say, discard=discard)
-    except errors.GpuError as error:
-        click.echo(f"{error.message}\n{error.hint}", err=True)
+    except (errors.GpuError, OSError) as error:
         rental.reload()
-        costs = rental.may_cost and not isinstance(error, errors.NotNoted)
-        return errors.NotReturned(error.message, error.hint) if costs else error
+        return returning.goes_on(rental, error)
     return None
 
 

@@ -91,3 +91,11 @@ def caps(command: Command) -> Command:
     for option in reversed(_CAPS):
         command = option(command)
     return command
+
+
+def typed(context: click.Context) -> list[str]:
+    """Those of these options that were typed, as they are typed."""
+    names = ["count", "min_vram", "max_price", "provider", "region", "disk", "spot", "bid"]
+    names += ["budget", "max_hours", "idle_minutes", "wait_capacity", "python"]
+    source = click.core.ParameterSource.COMMANDLINE
+    return [f"--{name.replace('_', '-')}" for name in names if context.get_parameter_source(name) is source]

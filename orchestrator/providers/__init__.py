@@ -25,10 +25,10 @@ class Cloud:
     title: str
     key_page: str
     """Where account keys are made."""
+    dashboard: str
+    """Where a person looks at what is rented, whatever becomes of a key."""
     kind: Callable[[], Callable[[str], Provider]]
     """What makes an account of a key; imports what it needs only then."""
-    dashboard: str
-    """Where a person looks at the account's instances."""
 
 
 def _lambda() -> Callable[[str], Provider]:
@@ -44,8 +44,8 @@ def _vast() -> Callable[[str], Provider]:
 
 
 PROVIDERS: dict[str, Cloud] = {
-    "lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda, "https://cloud.lambda.ai/instances"),
-    "vast": Cloud("Vast.ai", "https://cloud.vast.ai/manage-keys/", _vast, "https://cloud.vast.ai/instances/"),
+    "lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", "https://cloud.lambda.ai/instances", _lambda),
+    "vast": Cloud("Vast.ai", "https://cloud.vast.ai/manage-keys/", "https://cloud.vast.ai/instances/", _vast),
 }
 
 

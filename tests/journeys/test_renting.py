@@ -153,6 +153,19 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     assert gpu("terminate", "a10", "-y").returncode == 0, "given back already"
 
 
+def test_what_another_computer_runs_there_is_not_destroyed(quick: Cloud) -> None:
+    """A run on the machine that was never begun here cannot be brought home: it is named, and has to be given up."""
+    assert gpu(*A10).returncode == 0
+    (Path(machines.load("a10").root) / "runs" / "20261120-eval-gsm8k-3f9c").mkdir(parents=True)
+    refused = gpu("terminate", "a10", "-y")
+    assert refused.returncode == 20, refused.stderr
+    assert "20261120-eval-gsm8k-3f9c" in refused.stderr
+    assert "--discard" in refused.stderr
+    assert len(billing(quick)) == 1
+    assert gpu("terminate", "a10", "-y", "--discard").returncode == 0
+    assert billing(quick) == []
+
+
 @pytest.mark.parametrize(
     ("fault", "how", "said"),
     [

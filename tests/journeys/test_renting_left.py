@@ -218,10 +218,10 @@ def test_another_laptop_finds_what_this_one_lost(quick: Cloud, tmp_path: Path, m
 
 def test_a_deadline_stands_with_the_machine(quick: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the key is known, such as scheduled CI, what is past its deadline is ended, and nothing else."""
-    assert gpu("launch", "late", "--gpu", "A10", "-y", "--no-wait", "--max-hours", "0.0006").returncode == 0
+    assert gpu("launch", "late", "--gpu", "A10", "-y", "--no-wait", "--max-hours", "0.002").returncode == 0
     assert gpu("launch", "early", "--gpu", "A10", "-y", "--no-wait", "-q").returncode == 0
     late, early = quick.core.ours()
-    until(lambda: clock.timestamp() > late.launched_at + 3.0)
+    until(lambda: clock.timestamp() > late.launched_at + 8.0)
     monkeypatch.setenv("GPU_HOME", str(tmp_path / "elsewhere"))
     looked = json.loads(gpu("audit", "--past-cap", "--json").stdout)
     assert [entry["name"] for entry in looked["past_cap"]] == ["late"]
@@ -375,3 +375,18 @@ def test_a_machine_that_is_not_what_was_offered_is_given_back(quick: Cloud, chan
     assert said in command.communicate(timeout=60)[1]
     assert billing(quick) == [quick.core.ours()[1].instance_id]
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+@pytest.mark.parametrize("key", ["", "wrong-key-0123456789"])
+def test_without_its_key_a_machine_is_said_to_cost(quick: Cloud, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """With no key, or a wrong one, what cannot be given back or gone on with is named once: id, price and link."""
+    assert gpu(*A10, "--no-wait").returncode == 0
+    (instance,), mine = billing(quick), os.environ["LAMBDA_API_KEY"]
+    monkeypatch.setenv("LAMBDA_API_KEY", key)
+    for words in (("terminate", "a10", "-y"), ("wait", "a10")):
+        done = gpu(*words)
+        assert done.returncode == COSTS, done.stderr
+        for said in (instance, "0.75 USD/h", DASHBOARD):
+            assert done.stderr.count(said) == 1, done.stderr
+    monkeypatch.setenv("LAMBDA_API_KEY", mine)
+    assert gpu("terminate", "a10", "-y").returncode == 0
