@@ -42,7 +42,7 @@ def places(how: dict[str, Any]) -> list[str]:
 
 
 def _refuse_idle_wishes(how: dict[str, Any]) -> None:
-    """Raise UsageError for a cap, or a wish about a machine, that would not be kept: it must not be believed to hold."""
+    """Raise UsageError for a cap, or a wish about a machine, that would not be kept, and be believed to hold."""
     typed = [] if is_rented(how) else wishes.typed(click.get_current_context())
     if typed:
         raise errors.UsageError(
