@@ -20,6 +20,8 @@ _WAKE_S = 0.5
 """How often one that waits looks whether a stop was asked for, or its machine's time is over."""
 _UNWATCHED = "expectation"
 """The kind of failure that speaks of the whole run, whichever share it was noticed in."""
+_OF_MACHINES = ("busy", "disk_full")
+"""Kinds of failures that speak of the machine alone: another one may do what it could not."""
 
 
 class Left(Exception):
@@ -158,9 +160,10 @@ class Board:
         self.take_in(share)
         with self._changed:
             state, kind = share.record.state, share.record.failure.get("kind")
+            is_free = is_free or kind in _OF_MACHINES
             if state in ("failed", "stopped") and not is_free:
                 self._held.add(share.run_id)
-            if state == "failed" and (kind == _UNWATCHED or not self.gathering.is_resolved):
+            if state == "failed" and not is_free and (kind == _UNWATCHED or not self.gathering.is_resolved):
                 self._is_ending = True
             if self._lead == share.run_id:
                 self._lead = ""

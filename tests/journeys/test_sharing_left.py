@@ -93,6 +93,7 @@ def test_ctrl_c_leaves_the_machines_at_work(boxes: list[Sshd]) -> None:
     sharers.assert_whole(run, 60)
 
 
+@pytest.mark.slow
 def test_a_stop_ends_all_of_it_and_a_resume_goes_on(boxes: list[Sshd]) -> None:
     """`gpu stop` stops each machine's share, whoever follows it, and begins no other; a resume does what is missing."""
     run = shared(["a", "b"], 400, pace_s=0.05)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,20 @@ def test_one_of_its_machines_is_given_back_rows_first(quick: Cloud) -> None:
     assert done.returncode == 0, done.stderr
     sharers.assert_whole(run, 400)
     assert billing(quick) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_command_from_nothing_to_rows_by_several_machines(quick: Cloud) -> None:
+    """`gpu run JOB --gpu … --machines 3` for two examples rents two, evaluates, and gives both back."""
+    words = ("run", "eval-gsm8k", "--gpu", "A10", "--machines", "3", "--limit", "2", "--set", "samples=1", "-y")
+    done = gpu(*words, "--terminate", "--budget", "3", "--python", sys.executable, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 machines are used" in done.stderr
+    run = runs.find(None)
+    assert (run.record.state, run.record.rows_home) == ("sealed", 2)
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+    summary = json.loads(run.home.summary.read_text())
+    assert summary["n_rows"] == 2
+    assert 0 < summary["cost_usd"] < 3

@@ -147,6 +147,23 @@ def test_what_a_lost_share_lacks_is_handed_out_again_and_a_failed_ones_is_not() 
         assert not board.has_left()
 
 
+@pytest.mark.parametrize(("kind", "left"), [("busy", 3), ("disk_full", 3), ("config", 0), ("crash", 0)])
+def test_a_failure_of_the_machine_alone_is_not_one_of_the_job(kind: str, left: int) -> None:
+    """What a machine without free GPUs or disk could not do others may; what the job itself failed at is left alone."""
+    run = sharers.shared(["a", "b"], 6)
+    with open_(run) as gathering:
+        seats = [Seat("a"), Seat("b")]
+        board = Board(gathering, seats)
+        first, second = (board.next_share(seat, lambda: None, may_wait=False) for seat in seats)
+        assert first
+        assert second
+        board.resolve(sent(second, "one", ids=[f"e{number}" for number in range(6)]))
+        first.save(state="failed", failure={"kind": kind, "message": "", "hint": ""})
+        board.ended(seats[0], first, is_free=False)
+        assert board.has_left() is bool(left)
+        assert not board.is_ending
+
+
 def test_after_a_stop_nothing_begins() -> None:
     """Once a stop is asked for, no share is handed out, and none that waits for the first one starts."""
     run = sharers.shared(["a", "b"], 6)
