@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, first_boot, guarding, money, notices, offers, outcome, readiness, returning
+from orchestrator import (
+    clock,
+    enrolment,
+    first_boot,
+    guarding,
+    market,
+    money,
+    notices,
+    offers,
+    outcome,
+    readiness,
+    returning,
+)
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -105,6 +117,7 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
 def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
     """Raise ConfigError or UsageError, recorded, unless what is left of the budget and all limits allow the offer."""
     try:
+        market.check_clock(provider)
         money.check(offer, rental.caps_left(), provider.boot_minutes[offer.count > 1])
     except (ConfigError, UsageError) as error:
         _refused(rental, error.message)

@@ -11,6 +11,8 @@ from orchestrator.errors import ConfigError, ProviderError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import Rental
 
+_SKEW_MAX_S = 300.0
+
 
 def need(how: dict[str, Any]) -> Need:
     """The need that the options of a command say; of any number of GPUs unless it is said."""
@@ -52,6 +54,18 @@ def account_of(rental: Rental) -> Provider:
         "it. Whether it still costs money cannot be told with this key.",
         f"Set the key it was rented with, then again. Or look there yourself: {account.dashboard}",
     )
+
+
+def check_clock(account: Provider) -> None:
+    """Raise ConfigError when this computer's clock is not that of its provider, which counts the money."""
+    skew_s = account.skew_s
+    if skew_s is not None and abs(skew_s) > _SKEW_MAX_S:
+        how = "behind" if skew_s > 0 else "ahead of"
+        raise ConfigError(
+            f"This computer's clock is {abs(skew_s) / 60:.0f} minutes {how} that of {account.name}: deadlines and "
+            "budgets would be wrong by as much. Nothing was rented.",
+            "Set the clock (sudo timedatectl set-ntp true), then type the same command again.",
+        )
 
 
 def listed(found: Sequence[Provider], need: Need) -> list[Offer]:

@@ -128,6 +128,11 @@ class Provider(Protocol):
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        ...
+
     def offers(self, need: Need) -> list[Offer]:
         """Every machine of the cloud that may fit, had or not; each is checked against the need by the caller."""
         ...
