@@ -9,6 +9,7 @@ from orchestrator import (
     fleet,
     guarding,
     idleness,
+    inventory,
     journey,
     market,
     notices,
@@ -17,6 +18,7 @@ from orchestrator import (
     returning,
     runs,
     tenancy,
+    vanishing,
 )
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
@@ -73,6 +75,9 @@ def step(say: Say) -> list[GpuError]:
             if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
                     _go_on(rental, say)
+            elif rental.record.state == "ready" and inventory.reach(rental.name) and vanishing.is_gone(rental.name):
+                say(f"{rental.name} is gone, by its provider's own word")
+                notices.tell("machine_lost", machine=rental.name, message=f"{rental.name} is gone.")
         except (GpuError, OSError) as error:
             errors.append(returning.goes_on(rental, error))
     for run in runs.remembered():

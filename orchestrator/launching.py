@@ -133,6 +133,7 @@ def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, O
 def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
     """Raise ConfigError or UsageError, recorded, unless what is left of the budget and all limits allow the offer."""
     try:
+        market.check_clock(provider)
         money.check(offer, rental.caps_left(), provider)
     except (ConfigError, UsageError) as error:
         _refused(rental, error.message)

@@ -11,6 +11,8 @@ from orchestrator.errors import ConfigError, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import Rental
 
+_SKEW_MAX_S = 300.0
+
 
 def need(how: dict[str, Any]) -> Need:
     """The need that the options of a command say; of any number of GPUs unless it is said."""
@@ -82,6 +84,18 @@ def _knowing(found: Sequence[Provider], need: Need) -> list[Provider]:
 def overridden(found: Sequence[Provider], need: Need) -> list[str]:
     """Which defaults that protect a need does not keep, in lines for a person."""
     return [f"{account.name}: {words}" for account in _knowing(found, need) for words in account.overridden(need)]
+
+
+def check_clock(account: Provider) -> None:
+    """Raise ConfigError when this computer's clock is not that of its provider, which counts the money."""
+    skew_s = account.skew_s
+    if skew_s is not None and abs(skew_s) > _SKEW_MAX_S:
+        how = "behind" if skew_s > 0 else "ahead of"
+        raise ConfigError(
+            f"This computer's clock is {abs(skew_s) / 60:.0f} minutes {how} that of {account.name}: deadlines and "
+            "budgets would be wrong by as much. Nothing was rented.",
+            "Set the clock (sudo timedatectl set-ntp true), then type the same command again.",
+        )
 
 
 def listed(found: Sequence[Provider], need: Need) -> list[Offer]:

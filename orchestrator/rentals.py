@@ -90,6 +90,8 @@ class Record:
     gone_at: float | None = None
     deadline: float | None = None
     """When it is given back whatever happens, in seconds since 1970; None: never."""
+    unhealthy_at: float | None = None
+    """Since when its provider calls it unhealthy and it does not answer, in seconds since 1970."""
     kept_until: float | None = None
     """After a failed run: idle or not, it is left alone until then, and given back after; None: it is not kept so."""
     guard: str = "laptop"

@@ -43,6 +43,7 @@ def plan(asked: Wish) -> tuple[Provider, Offer]:
     found = market.accounts(asked.provider)
     fitting = _fitting(asked, market.listed(found, asked.need))
     account = next(entry for entry in found if entry.name == fitting[0].provider)
+    market.check_clock(account)
     money.check(fitting[0], asked.caps, account)
     return account, fitting[0]
 

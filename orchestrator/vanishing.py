@@ -9,8 +9,6 @@ from orchestrator.rentals import ENDED, Rental
 
 _TWICE_S = 5.0
 _UNHEALTHY_S = 300.0
-_UNHEALTHY_SINCE: dict[str, float] = {}
-"""Markers of machines that did not answer and were called unhealthy, with when that was first seen by this process."""
 
 
 def is_gone(name: str) -> bool:
@@ -42,6 +40,8 @@ def _is_gone(rental: Rental) -> bool:
         if found is not None and found.state == "stopped":
             return _is_lost_by_stop(rental, provider)
         if found is not None and found.state != "gone":
+            if found.state == "ready" and rental.record.unhealthy_at is not None:
+                rental.save(unhealthy_at=None)
             return False
         clock.sleep(_TWICE_S)
     rental.is_gone("lost", "its provider says that it is no more")
@@ -63,5 +63,7 @@ def _is_lost_by_stop(rental: Rental, provider: Provider) -> bool:
 
 
 def _for_long(rental: Rental) -> bool:
-    since = _UNHEALTHY_SINCE.setdefault(rental.record.marker, clock.monotonic())
-    return clock.monotonic() - since > _UNHEALTHY_S
+    """Whether it was first seen so long ago; that stands in the record, for cron is another process each time."""
+    if rental.record.unhealthy_at is None:
+        rental.save(unhealthy_at=clock.timestamp())
+    return clock.timestamp() - (rental.record.unhealthy_at or 0.0) > _UNHEALTHY_S

@@ -212,6 +212,11 @@ class Provider(Protocol):
     can_stop: ClassVar[bool]
     """Whether a machine can be stopped, so that only its disk is billed, and started again."""
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        ...
+
     def offers(self, need: Need) -> list[Offer]:
         """Every machine of the cloud that may fit, had or not; each is checked against the need by the caller."""
         ...

@@ -119,6 +119,8 @@ class Client:
         self._api = api
         self._account = pace.account(api.provider, api.key)
         self._host = _checked(api)
+        self.skew_s: float | None = None
+        """By how much the provider's clock was ahead of this computer's at its last answer; None: it never said."""
 
     def __repr__(self) -> str:
         return f"Client({self._api.provider}, {self._host})"
@@ -134,6 +136,8 @@ class Client:
         if isinstance(answer, exchange.Failure):
             words = f"{self._host}: {answer.words}"
             return Reply("unclear" if answer.sent else "not_sent", words)
+        if (told := _moment(answer.headers.get("Date"))) is not None:
+            self.skew_s = told - clock.timestamp()
         return self._judged(answer, call)
 
     def repeat(self, call: Call) -> Reply:
@@ -252,8 +256,14 @@ def _retry_after_s(text: str | None) -> float | None:
         return None
     if re.fullmatch(r"[0-9]{1,9}", text.strip()):
         return float(text)
+    told = _moment(text)
+    return None if told is None else max(told - clock.timestamp(), 0.0)
+
+
+def _moment(text: str | None) -> float | None:
+    """Seconds since 1970 of an HTTP date; None when it is none."""
     try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - clock.timestamp(), 0.0)
+        return email.utils.parsedate_to_datetime(text or "").timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 

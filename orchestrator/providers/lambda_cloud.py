@@ -61,6 +61,11 @@ class LambdaCloud:
         self._client = Client(Api("lambda", TITLE, self.api_url, key, lambda_answers.complaint, _EVERY_S))
         self._port = _ssh_port()
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        return self._client.skew_s
+
     def offers(self, need: Need) -> list[Offer]:  # noqa: ARG002 -- there is nothing to ask for but all of them
         """Every type in every region that has it; one that none has is there, too, not available."""
         data = self._read("/instance-types", "list its machines").document["data"]

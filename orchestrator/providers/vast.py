@@ -68,6 +68,11 @@ class VastCloud:
         self.account = pace.account("vast", key)
         self._client = Client(Api("vast", TITLE, f"{self._url}/api", key, vast_answers.complaint, _EVERY_S))
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        return self._client.skew_s
+
     # --- the market --------------------------------------------------------------------------------------------------
 
     def offers(self, need: Need) -> list[Offer]:

@@ -88,6 +88,8 @@ def _own_key(seed: str) -> str:
 class LightMachine:
     """A machine of a record's folder, reached by what its ssh_config, known_hosts and key say."""
 
+    root = Path("/home/ubuntu/.gpu")
+
     def __init__(self, room: Room, folder: Path) -> None:
         self.name = folder.name
         self._room = room

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import machines
+from orchestrator import clock, machines, rentals
 from orchestrator.runs import Run
-from tests.cloud import Cloud, Timings
+from tests.cloud import Cloud, Fault, Timings
 from tests.journeys.hurried import begun, document, gpu
 from tests.waiting import until
 
@@ -303,3 +303,23 @@ def test_a_launch_that_returns_early_is_gone_on_with(quick: Cloud) -> None:
     until(lambda: billing(quick))
     assert gpu("terminate", "-y", "--json").returncode == 0
     assert gpu("wait", "a10").returncode == 3, "it is gone"
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "goes-unhealthy"])
+def test_cron_notices_that_a_machine_is_no_more(quick: Cloud, fault: str) -> None:
+    """Nobody works on it: that it vanished, or was unhealthy for long, ends what it costs here, and the cost itself."""
+    waits = {"vanishing._TWICE_S": 0.1, "vanishing._UNHEALTHY_S": 0.5}
+    assert gpu(*A10).returncode == 0
+    (instance,) = quick.core.ours()
+    assert gpu("advance", "--all", waits=waits).returncode == 0
+    assert len(billing(quick)) == 1
+    instance.faults[fault] = Fault(fault, seconds=clock.timestamp() - instance.active_at)
+    quick.machine(instance.instance_id).sshd.kill_all()
+    for _ in range(2):
+        assert gpu("advance", "--all", waits=waits).returncode == 0
+        until(lambda: clock.timestamp() > instance.active_at + instance.faults[fault].seconds + 1)
+    assert billing(quick) == []
+    found = rentals.find("a10")
+    assert found is not None
+    assert found.record.state == "lost"
+    assert not document("cost")["machines"][0]["open"]

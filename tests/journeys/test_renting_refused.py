@@ -188,3 +188,12 @@ def test_a_cap_that_would_not_hold_is_refused(light_cloud: Cloud, words: tuple[s
     more = () if words[0] == "resume" else ("--", "true")
     assert is_refused(gpu(*words, *more), USAGE, f"{words[-2]} is for a machine that is rented for the run")
     assert light_cloud.core.calls == []
+
+
+@pytest.mark.parametrize(("ahead_s", "how"), [(5400, "90 minutes behind"), (-5400, "90 minutes ahead of")])
+def test_a_clock_that_is_wrong(light_cloud: Cloud, ahead_s: int, how: str) -> None:
+    """Where this computer's clock is not the provider's, deadlines would be wrong: nothing is rented."""
+    light_cloud.fault("clock-skew", detail=ahead_s, times=None)
+    assert is_refused(gpu(*A10, "-q"), CONFIG, how)
+    assert light_cloud.core.count(LAUNCHES) == 0
+    assert light_cloud.core.account.keys == {}
