@@ -266,7 +266,7 @@ def test_machines_are_not_replaced_without_end(quick: Cloud) -> None:
     assert done.returncode == 5, done.stderr
     assert len(quick.core.ours()) == 2
     assert billing(quick) == []
-    assert newest().record.state == "lost"
+    assert newest().record.state in ("lost", "planned")  # where the last one vanished before the run had begun there
 
 
 def test_a_machine_that_was_ended_on_purpose_is_not_replaced(quick: Cloud) -> None:
