@@ -266,9 +266,12 @@ def left(run: Run) -> str:
     if rental is None or not rental.may_cost:
         return ""
     price, until = rental.price_usd_per_hour or 0.0, guarding.moment(rental.record.deadline)
-    words = f"{rental.name} GOES ON COSTING {price:.2f} USD/h, {f'until {until} at most' if until else 'without end'}."
-    if run.record.terminate and run.record.state not in ENDED_RUNS:
-        words += f" It is given back once the run has ended: gpu resume {run.run_id}, gpu advance --all."
+    words = (
+        f"{rental.name} GOES ON COSTING {price:.2f} USD/h; {f'its deadline is {until}' if until else 'it has no end'}."
+    )
+    if run.record.state not in ENDED_RUNS:
+        words += f" Carry on there: gpu resume {run.run_id}."
+        words += " It is given back once the run has ended and was looked at." if run.record.terminate else ""
     return f"{words} Give it back: gpu terminate {rental.name}"
 
 

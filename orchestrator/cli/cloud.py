@@ -12,6 +12,7 @@ from orchestrator import (
     errors,
     guarding,
     inventory,
+    keys,
     machines,
     market,
     offers,
@@ -78,6 +79,9 @@ def choose_guard(how: str | None) -> None:
     if files:
         words = "Add the line of the first to your crontab (crontab -e), or the second to a repository of yours."
         click.echo(words, err=True)
+        for name in [name for name in providers.names() if not keys.is_kept(name)]:
+            words = f"cron does not see {keys.VARIABLES[name]}: give the key to gpu doctor, or nothing is ended by it."
+            click.echo(words, err=True)
 
 
 def agree(question: str, yes: bool) -> None:
