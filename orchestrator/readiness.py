@@ -169,6 +169,7 @@ def _active(up: _Climb, offer: Offer) -> str:
         if found.failure or found.state in ("unhealthy", "stopped"):
             why = found.failure or found.raw_state
             raise LaunchFailed(f"{up.rental.name}, by its provider's own word: {plain(why)}.")
+        _compared(up.rental.name, offer, found)
         up.tell(found.message)
         if found.state != "ready" or not found.host:
             return None

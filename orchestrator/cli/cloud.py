@@ -79,7 +79,8 @@ def choose_guard(how: str | None) -> None:
     if files:
         words = "Add the line of the first to your crontab (crontab -e), or the second to a repository of yours."
         click.echo(words, err=True)
-        for name in [name for name in providers.names() if not keys.is_kept(name)]:
+        rented = [name for name in providers.names() if keys.find(name) is not None]
+        for name in [name for name in rented if not keys.is_kept(name)]:
             words = f"cron does not see {keys.VARIABLES[name]}: give the key to gpu doctor, or nothing is ended by it."
             click.echo(words, err=True)
 

@@ -359,8 +359,8 @@ def test_a_launch_is_over_at_its_deadline(quick: Cloud) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"price_cents_per_hour": 150}, "costs 1.50 USD/h; 0.75 were offered"),
-        ({"name": "gpu_8x_a10"}, "is a gpu_8x_a10"),
+        ({"price_cents_per_hour": 150}, "one at 1.500 USD/h; it was offered at 0.750"),
+        ({"name": "gpu_8x_a10"}, "a gpu_8x_a10; gpu_1x_a10 was asked for"),
     ],
 )
 def test_a_machine_that_is_not_what_was_offered_is_given_back(quick: Cloud, change: dict[str, Any], said: str) -> None:
