@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator import clock, guarding, ledger, machines, market, rentals, returning
-from orchestrator.errors import GpuError, UsageError
+from orchestrator.errors import GpuError, MayCost, UsageError
 from orchestrator.providers.base import Instance, Need, Offer, Provider, marked_at
 from orchestrator.rentals import Caps, Rental, Terms
 
@@ -134,6 +134,8 @@ def _kept(errors: list[GpuError]) -> Any:
         yield
     except GpuError as error:
         errors.append(error)
+    except OSError as error:
+        errors.append(MayCost(f"{error.filename or 'The state folder'}: {error.strerror}. What was found goes on."))
 
 
 def _end(provider: Provider, entry: Rental | Instance, say: Say, *, discard: bool) -> None:

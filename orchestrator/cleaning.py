@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator import agents, clock, config, inventory, machines, providers, rentals, runs
 from orchestrator.errors import GpuError
 from orchestrator.providers.base import Provider, marked_at, marker_of
-from orchestrator.rentals import ENDED
+from orchestrator.rentals import ENDED, Rental
 
 _OLD_S = 86_400.0
 
@@ -41,7 +41,7 @@ def look() -> Left:
     """What is left. A key counts once neither an instance nor a record uses it, at once if a gone machine had it."""
     known = rentals.known()
     left = Left(
-        [rental.name for rental in known if rental.record.state in ENDED and not inventory.not_home(rental.name)],
+        [rental.name for rental in known if _is_over(rental)],
         caches=list(_caches()),
     )
     used_here = {rental.record.key_name for rental in known if rental.record.state not in ENDED}
@@ -57,6 +57,11 @@ def look() -> Left:
         except GpuError:  # what cannot be asked is cleaned the next time
             continue
     return left
+
+
+def _is_over(rental: Rental) -> bool:
+    """Whether a machine is gone, and nothing that was there is waited for."""
+    return rental.record.state in ENDED and not inventory.not_home(rental.name)
 
 
 def _is_old(key: str) -> bool:
@@ -77,7 +82,10 @@ def remove(left: Left) -> None:
     """Remove it; a key that is gone already counts as removed."""
     for name in left.machines:
         with machines.locked():
-            machines.remove(name)
+            rental = rentals.find(name)
+            if rental is not None and _is_over(rental):  # somebody may have rented another one of that name since
+                with rental.locked():
+                    machines.remove(name)
     for account, name in left.keys:
         account.remove_key(name)
     for path in left.caches:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import http.client
-import importlib.metadata
-import json
 import os
 import re
 import shlex
@@ -16,16 +12,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from orchestrator import clock, config, keys
-from orchestrator.errors import ConfigError, GpuError
+from orchestrator import clock, config, keys, providers
+from orchestrator.errors import AuthRejected, ConfigError, GpuError
 from orchestrator.plain import plain
 
 OK, WARN, BAD = "ok", "warn", "bad"
@@ -36,12 +29,7 @@ _PYTHON = (3, 11)
 _RSYNC = (3, 4, 3)
 _SSH = (7, 3)
 _GB = 10**9
-_BODY_MAX_BYTES = 4 << 20
-_WORDS_MAX = 200
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_BAD_KEY_WORDS = ("auth_error", "Invalid user key", "Session expired", "Please log in")
-"""What Vast says of a key it does not take; with code 404 too."""
 Reach = Callable[[str], str | None]
 """Asks a machine, by name; returns why it does not answer, or None when it does."""
 
@@ -56,27 +44,6 @@ class Check:
     words: str
     mend: str = ""
     """What to do about it."""
-
-
-@dataclass(frozen=True)
-class _Provider:
-    """How a provider's key is tested: one small read that needs a key."""
-
-    url_variable: str
-    url: str
-    path: str
-    page: str
-    """Where keys are made."""
-
-
-PROVIDERS = {
-    "lambda": _Provider(
-        "GPU_LAMBDA_URL", "https://cloud.lambda.ai", "/api/v1/instance-types", "https://cloud.lambda.ai/api-keys"
-    ),
-    "vast": _Provider(
-        "GPU_VAST_URL", "https://console.vast.ai", "/api/v0/users/current/", "https://cloud.vast.ai/manage-keys/"
-    ),
-}
 
 
 def checks(reach: Reach | None) -> Iterator[Check]:
@@ -245,7 +212,7 @@ def _machine_files(folder: Path) -> Check:
 def accounts(online: bool) -> Iterator[Check]:
     """Each provider's key: where it was found, who else can read it, and whether the provider takes it."""
     found: dict[str, keys.Key | None] = {}
-    for provider in PROVIDERS:
+    for provider in providers.names():
         try:
             found[provider] = keys.find(provider)
         except ConfigError as error:
@@ -259,14 +226,14 @@ def accounts(online: bool) -> Iterator[Check]:
 def lacking() -> list[str]:
     """The providers of which no key is known."""
     found = []
-    for provider in PROVIDERS:
+    for provider in providers.names():
         with contextlib.suppress(ConfigError):
             found += [provider] if keys.find(provider) is None else []
     return found
 
 
 def _missing(provider: str) -> Check:
-    mend = f"Make one at {PROVIDERS[provider].page} and give it to: gpu doctor"
+    mend = f"Make one at {providers.PROVIDERS[provider].key_page} and give it to: gpu doctor"
     return Check(f"{provider} key", WARN, f"none: nothing can be rented at {provider}", mend)
 
 
@@ -297,7 +264,10 @@ def _judged(provider: str, where: str, verdict: Verdict) -> Check:
     if verdict.accepted is None:
         return Check(name, WARN, f"{where}; not tested: {verdict.words}", "Check the network, then: gpu doctor")
     return Check(
-        name, BAD, f"{where}; {provider} refuses it: {verdict.words}", f"Make a new one: {PROVIDERS[provider].page}"
+        name,
+        BAD,
+        f"{where}; {provider} refuses it: {verdict.words}",
+        f"Make a new one: {providers.PROVIDERS[provider].key_page}",
     )
 
 
@@ -314,65 +284,15 @@ def _testing(provider: str, value: str) -> Callable[[], Verdict]:
     return lambda: ask_provider(provider, value)
 
 
-class _AsItCame(urllib.request.HTTPErrorProcessor):
-    """Hands every answer on, whatever its code: a redirect that was followed could carry the key elsewhere."""
-
-    def http_response(self, request: Any, response: Any) -> Any:  # noqa: ARG002 -- as urllib calls it
-        return response
-
-    https_response = http_response
-
-
 def ask_provider(provider: str, value: str) -> Verdict:
     """What a provider says to a key, asked by one small read; its words hold no secret."""
-    known = PROVIDERS[provider]
-    base = os.environ.get(known.url_variable) or known.url
-    login = base64.b64encode(f"{value}:".encode()).decode()
-    headers = {
-        "Authorization": f"Basic {login}" if provider == "lambda" else f"Bearer {value}",
-        "Accept": "application/json",
-        "User-Agent": f"gpu-cli/{importlib.metadata.version('gpu')}",  # urllib's own is turned away by some
-    }
     try:
-        address = urllib.parse.urlsplit(base.rstrip("/") + known.path)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            return Verdict(None, f"{known.url_variable} is no web address")
-        handlers: list[urllib.request.BaseHandler] = [_AsItCame()]
-        if address.hostname in _LOOPBACK:
-            handlers.append(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(address.geturl(), headers=headers)  # noqa: S310 -- checked above
-        with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_S) as answer:
-            verdict = _verdict(provider, answer.status, answer.read(_BODY_MAX_BYTES))
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        verdict = Verdict(None, str(getattr(error, "reason", None) or error or type(error).__name__))
-    words = keys.masked(plain(verdict.words), more=[value, login])
-    return Verdict(verdict.accepted, " ".join(words.split())[:_WORDS_MAX])
-
-
-def _verdict(provider: str, code: int, body: bytes) -> Verdict:
-    """What an answer means. Vast answers 404 to a bad key; a 403 that is no JSON is some gate's, not the provider's."""
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        document = None
-    said = _complaint(document)
-    proof = "data" if provider == "lambda" else "id"
-    if code == 200 and isinstance(document, dict) and proof in document:
-        return Verdict(True, "")
-    if code == 401 or (code == 403 and document is not None) or any(word in said for word in _BAD_KEY_WORDS):
-        return Verdict(False, said or f"HTTP {code}")
-    return Verdict(
-        None, f"it answered with HTTP {code}{', not with what was asked for' if code == 200 else ''}. {said}"
-    )
-
-
-def _complaint(document: Any) -> str:
-    """The words of an error document of either provider, empty when it has none."""
-    if not isinstance(document, dict):
-        return ""
-    inner = document["error"] if isinstance(document.get("error"), dict) else document
-    words = (inner.get(name) for name in ("code", "error", "msg", "message", "detail"))
-    return ", ".join(word for word in words if isinstance(word, str))
+        providers.PROVIDERS[provider].kind()(value).check_key()
+    except AuthRejected as error:
+        return Verdict(False, error.message)
+    except GpuError as error:
+        return Verdict(None, error.message)
+    return Verdict(True, "")
 
 
 T = TypeVar("T")

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import guarding, idleness, journey, market, notices, outcome, rentals, returning, runs
+from orchestrator import (
+    clock,
+    fleet,
+    guarding,
+    idleness,
+    inventory,
+    journey,
+    market,
+    notices,
+    outcome,
+    rentals,
+    returning,
+    runs,
+    tenancy,
+    vanishing,
+)
 from orchestrator.errors import GpuError
 from orchestrator.rentals import Rental
+from orchestrator.runs import Run
 
 Say = Callable[[str], None]
 
@@ -25,13 +41,22 @@ def enforce(say: Say, *spared: str | None) -> list[GpuError]:
                 notices.tell("guard_fired", machine=rental.name, deadline=guarding.moment(rental.record.deadline))
                 with rental.locked():
                     returning.at_deadline(rental, market.account_of(rental), say)
-            elif rental.record.state == "ready" and rental.name not in spared and (why := idleness.too_long(rental)):
-                say(f"{rental.name} is idle: {why}")
+            elif rental.record.state == "ready" and rental.name not in spared and (why := _why_over(rental)):
+                say(f"{rental.name} {why}")
                 with rental.locked():
+                    returning.stop_runs(rental)  # a worker that hangs is idle, too
                     returning.give_back(rental, market.account_of(rental), say)
-        except GpuError as error:
-            errors.append(error)
+        except (GpuError, OSError) as error:
+            errors.append(returning.goes_on(rental, error))
     return errors
+
+
+def _why_over(rental: Rental) -> str:
+    """Why a machine is given back before its deadline, once its rows are home; empty when it is not."""
+    if (until := rental.record.kept_until) is not None:
+        return "" if clock.timestamp() < until else f"was kept until {guarding.moment(until)}, after its run failed"
+    why = idleness.too_long(rental)
+    return f"is idle: {why}" if why else ""
 
 
 def _go_on(rental: Rental, say: Say) -> None:
@@ -50,13 +75,26 @@ def step(say: Say) -> list[GpuError]:
             if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
                     _go_on(rental, say)
-        except GpuError as error:
-            errors.append(error)
+            elif rental.record.state == "ready" and inventory.reach(rental.name) and vanishing.is_gone(rental.name):
+                say(f"{rental.name} is gone, by its provider's own word")
+                notices.tell("machine_lost", machine=rental.name, message=f"{rental.name} is gone.")
+        except (GpuError, OSError) as error:
+            errors.append(returning.goes_on(rental, error))
     for run in runs.remembered():
         try:
-            if run.record.state not in runs.ENDED or not runs.is_settled(run):
-                journey.refresh(run)
-                say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+            _look_at(run, say)
         except GpuError as error:
             errors.append(error)
     return errors
+
+
+def _look_at(run: Run, say: Say) -> None:
+    """Bring home what a run has made since; of one that has ended, tell, and give its machine back if that is due."""
+    had_ended = run.record.state in runs.ENDED
+    if not had_ended or not runs.is_settled(run):
+        journey.refresh(run)
+        say(f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+    if not had_ended:
+        tenancy.tell_end(run)
+    if run.record.terminate and run.record.state in runs.ENDED:
+        (fleet.after if run.record.machines else tenancy.end_in_turn)(run, say)

@@ -11,6 +11,7 @@ GpuError
 │   ├── NoCapacity      4  it has no such machine free just now; another region or type may do
 │   ├── RateLimited     4  it was asked too often; nothing happened
 │   ├── LaunchFailed    4  what was rented was not what was paid for; it was given back
+│   │   └── Unusable    4  nor would another one do: what was typed cannot be had on any
 │   └── ProviderDown    4  it does not answer, or not as its API does; nothing happened
 ├── MayCost            20  a machine may still be costing money
 │   ├── LaunchUnknown  20  a paid request got no answer: it may have happened, and is never sent again
@@ -22,6 +23,7 @@ GpuError
 ├── WorkerLost          5  the work died with its machine or supervisor; rows so far are home
 ├── JobFailed          10  the job ended without being done
 └── HomeDiskFull        1  this computer's disk is full
+    └── NotNoted        1  a machine is gone, which could not be put on the disk
 """
 
 from __future__ import annotations
@@ -97,6 +99,10 @@ class LaunchFailed(ProviderError):
     """A machine never became ready, or is not what was paid for."""
 
 
+class Unusable(LaunchFailed):
+    """A machine on which what was typed cannot be had, nor on another one of its kind."""
+
+
 class ProviderDown(ProviderError):
     """It could not be asked, or does not answer as its API does. Nothing happened."""
 
@@ -148,3 +154,7 @@ class HomeDiskFull(GpuError):
     """This computer has no space left; what was counted as home is home."""
 
     exit_code = BUG
+
+
+class NotNoted(HomeDiskFull):
+    """A machine is gone, by its provider's own word, and costs nothing more; that could not be put on the disk."""

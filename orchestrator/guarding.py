@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -82,8 +83,32 @@ def in_words(rental: Rental) -> str:
     record = rental.record
     if record.deadline is None:
         return "no deadline: nobody ends it but you"
-    how = {**HOW, **OF_CLOUDS}.get(record.guard, record.guard)
-    return f"to be given back at {moment(record.deadline)}; {how}{_seen(record.guard_seen)}"
+    seen = _reaped() if record.guard == "reaper" else _seen(record.guard_seen)
+    return f"to be given back at {moment(record.deadline)}; {explained(record.guard)}{seen}"
+
+
+def explained(how: str) -> str:
+    """What a guard means, in plain words."""
+    return {**HOW, **OF_CLOUDS}.get(how, how)
+
+
+def _reaped() -> str:
+    """When the reaper has done its work here last, in words: what was only written down guards nothing."""
+    at = durable.load_news(_reaped_file()).get("at")
+    if not isinstance(at, (int, float)):
+        return ". IT HAS NEVER RUN FROM HERE: unless scheduled CI runs it, only commands typed here end it"
+    return f". It ran here last at {moment(at)}"
+
+
+def _reaped_file() -> Path:
+    return config.state_folder() / "guard" / "reaped.json"
+
+
+def note_reaped() -> None:
+    """Remember that what a reaper does was done just now, and went well."""
+    with contextlib.suppress(OSError):
+        durable.have_folder(_reaped_file().parent)
+        durable.save_json(_reaped_file(), {"at": clock.timestamp()}, synced=False)
 
 
 def _seen(seen: dict[str, Any]) -> str:

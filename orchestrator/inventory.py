@@ -10,7 +10,7 @@ from jobs import locks
 from orchestrator import guarding, machines, market, on_machine, rentals, runs
 from orchestrator.errors import ConfigError, GpuError, NotReachable
 from orchestrator.machines import Record
-from orchestrator.rentals import Rental
+from orchestrator.rentals import ENDED, Rental
 from orchestrator.runs import Run
 
 
@@ -57,7 +57,7 @@ def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
         "guard": guarding.document(rental),
         "cost_usd": rental.usd(),
         "runs": on_it,
-        "reachable": known.get("reachable"),
+        "reachable": known.get("reachable") if record.state not in ENDED else False,
         "last_seen": known.get("last_seen"),
     }
 
@@ -93,6 +93,9 @@ def _refresh(rental: Rental) -> None:
             return
         if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
+        is_stopped = found is not None and found.state == "stopped" and not rental.offer().spot
+        if is_stopped and rental.record.state == "ready":
+            rental.save(state="stopped")
         if rental.record.guard in guarding.ON_MACHINE and rental.record.state == "ready":
             with contextlib.suppress(NotReachable):  # not unguarded for that: what it said last stands
                 on_machine.read_back(rental)
@@ -115,7 +118,9 @@ def line(entry: dict[str, Any]) -> list[str]:
     """A machine's line in the table."""
     address = "{user}@{host}:{port}".format(**entry["ssh"]) if entry["ssh"] else "-"
     answers = {True: "yes", False: "no", None: "?"}[entry["reachable"]]
-    words = [entry["name"], entry["state"], address, entry["gpu"] or "-", answers, entry["last_seen"] or "-"]
+    price = entry["price_usd_per_hour"]
+    costs = ["-", "-"] if price is None else [f"{price:.2f}", f"{entry['cost_usd']:.2f}"]
+    words = [entry["name"], entry["state"], address, entry["gpu"] or "-", *costs, answers, entry["last_seen"] or "-"]
     return [*words, " ".join(entry["runs"]) or "-"]
 
 

@@ -57,6 +57,11 @@ def find(provider: str) -> Key | None:
     return found
 
 
+def is_kept(provider: str) -> bool:
+    """Whether the key of a provider stands in a file, where cron finds it, too: that has not this environment."""
+    return (_in_own_file(provider) or _in_user_config(provider)) is not None
+
+
 def check(value: str) -> None:
     """Raise UsageError, without the value, unless it can be an account key: one word of plain signs."""
     if not _KEY.fullmatch(value):

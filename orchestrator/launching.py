@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from orchestrator import clock, enrolment, guarding, money, notices, offers, outcome, readiness, returning
+from orchestrator import (
+    clock,
+    enrolment,
+    guarding,
+    inventory,
+    market,
+    money,
+    notices,
+    offers,
+    outcome,
+    readiness,
+    returning,
+)
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -17,6 +29,7 @@ from orchestrator.errors import (
     ProviderDown,
     RateLimited,
     Refused,
+    Unusable,
     UsageError,
 )
 from orchestrator.providers import base
@@ -36,7 +49,7 @@ BAD = "bad: "
 Say = Callable[[str], None]
 
 
-def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
+def launch(rental: Rental, say: Say, *, wait_capacity: bool = False) -> None:
     """Go on with a machine until it is ready, or ended, from wherever it stands. **Spends money**, once a request.
 
     Raises NoCapacity, Refused, AuthRejected, ProviderDown (nothing is rented), LaunchFailed (it was given back),
@@ -44,57 +57,64 @@ def launch(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool 
     record that `launch` goes on with, or `gpu audit --fix` gives back.
     """
     while rental.record.state not in ("ready", *ENDED):
-        advance(rental, provider, say, wait_capacity=wait_capacity)
+        advance(rental, say, wait_capacity=wait_capacity)
 
 
-def advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool = False) -> None:
+def advance(rental: Rental, say: Say, *, wait_capacity: bool = False) -> None:
     """Do the one next step. Dying anywhere in it is mended by doing it again.
 
     Whatever goes wrong while something may cost money is a MayCost: an error of another kind says that nothing does.
     """
     try:
-        _advance(rental, provider, say, wait_capacity=wait_capacity)
+        _advance(rental, say, wait_capacity=wait_capacity)
     except (GpuError, OSError) as error:
         if isinstance(error, MayCost) or not rental.may_cost:
             raise
-        raise _costs(rental, provider, error) from None
+        words = f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}."
+        raise returning.goes_on(rental, error, words) from None
 
 
-def _costs(rental: Rental, provider: Provider, error: GpuError | OSError) -> MayCost:
-    why = error.message if isinstance(error, GpuError) else f"{error.filename}: {error.strerror}."
-    instance, price = rental.record.instance_id or "not known yet", rental.price_usd_per_hour or 0.0
-    return MayCost(
-        f"{why} {rental.name} (instance {instance}, {rental.in_words()}) MAY GO ON COSTING {price:.2f} USD/h.",
-        f"Go on with it: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}. "
-        f"Or look: {provider.dashboard}",
-    )
-
-
-def _advance(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) -> None:
+def _advance(rental: Rental, say: Say, *, wait_capacity: bool) -> None:
     if rental.record.state == "planned":
-        ask(rental, provider, _next(rental, provider, say, wait_capacity=wait_capacity), say)
-    elif rental.record.state == "launching":
+        ask(rental, *_next(rental, say, wait_capacity=wait_capacity), say)
+        return
+    provider = market.account_of(rental)
+    if rental.record.state == "launching":
         outcome.settle(rental, provider, say)
     elif rental.record.state == "booting":
         climb(rental, provider, say)
+    elif rental.record.state == "stopped":
+        wake(rental, provider, say)
     elif rental.record.state == "stopping":
         returning.end(rental, provider, say)
 
 
-def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) -> Offer:
-    """The cheapest offer that was not tried in vain. Raises NoCapacity when there is none (left)."""
+def wake(rental: Rental, provider: Provider, say: Say) -> None:
+    """Have a stopped machine started again, then up to ready as after a launch. **Spends money.**
+
+    Raises NoCapacity, turned into MayCost by who calls it, while others have its GPUs: its disk goes on costing.
+    """
+    say(f"{rental.name} was stopped; it is started again")
+    provider.start(rental.record.instance_id or "")
+    rental.save(state="booting", raw_state=None, guard_seen={})
+
+
+def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, Offer]:
+    """The cheapest offer of any cloud that was not tried in vain, and whose it is. NoCapacity when none is (left)."""
+    clouds = {account.name: account for account in market.clouds_of(rental)}
     if len(rental.record.tried) >= _REQUESTS_MAX:
         raise _given_up(rental, NoCapacity(f"{_REQUESTS_MAX} requests came to nothing. Nothing is rented."))
     why: GpuError
     for look in range(_CAPACITY_LOOKS_MAX if wait_capacity else 1):
         try:
-            found = offers.suitable(provider.offers(rental.need()), rental.need())
+            found = offers.suitable(market.listed(list(clouds.values()), rental.need()), rental.need())
             left = [offer for offer in found if not _was_tried(rental, offer)]
             if left:
                 if look:
                     notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
+                provider = clouds[left[0].provider]
                 _check(rental, left[0], provider)
-                return left[0]
+                return provider, left[0]
             why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
             words = f"all {len(found)} that fit came to nothing before"
         except NoCapacity as error:
@@ -113,7 +133,8 @@ def _next(rental: Rental, provider: Provider, say: Say, *, wait_capacity: bool) 
 def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
     """Raise ConfigError or UsageError, recorded, unless what is left of the budget and all limits allow the offer."""
     try:
-        money.check(offer, rental.caps_left(), provider.boot_minutes[offer.count > 1])
+        market.check_clock(provider)
+        money.check(offer, rental.caps_left(), provider)
     except (ConfigError, UsageError) as error:
         _refused(rental, error.message)
         raise
@@ -147,8 +168,11 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
         enrolment.make_key(rental.folder, rental.name)
         enrolment.make_key(rental.folder, rental.name, "host_key")
     marker = base.new_marker(clock.now())
+    if rental.record.account not in ("", provider.account):
+        returning.remove_key(rental)
     key_name = rental.record.key_name or marker
-    rental.save(key_name=key_name)
+    guard = provider.guard or guarding.chosen()
+    rental.save(key_name=key_name, provider=provider.name, account=provider.account, guard=guard, guard_seen={})
     try:
         key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
     except GpuError as error:
@@ -156,18 +180,13 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     asked_at = clock.timestamp()
     hours = rental.caps_left().hours(offer.price_usd_per_hour)
     deadline = asked_at + hours * 3600 if hours is not None else None
-    rental.save(key_name=key_name, account=provider.account, deadline=deadline)
+    rental.save(key_name=key_name, deadline=deadline)
     order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
-    rental.save(
-        state="launching",
-        marker=marker,
-        offer=asdict(offer),
-        asked_at=asked_at,
-        instance_id=None,
-        host=None,
-        raw_state=None,
-    )
+    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at}
+    with money.in_turn():
+        _check(rental, offer, provider)
+        rental.save(state="launching", instance_id=None, host=None, raw_state=None, ready_at=None, **intent)
     try:
         rental.exists(provider.launch(offer, order))
     except NoCapacity as error:
@@ -187,9 +206,12 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
 
 def _order(rental: Rental, provider: Provider, marker: str) -> Order:
     record = rental.record
+    need = rental.need()
     tags = {MARKER_TAG: marker, "gpu-name": record.name, "gpu-idle-minutes": _tag(rental.caps().idle_minutes)}
     tags |= {"gpu-deadline": _tag(record.deadline), "gpu-guard": record.guard}
-    return Order(marker, record.key_name, _first_boot(rental, provider, marker), tags)
+    return Order(
+        marker, record.key_name, _first_boot(rental, provider, marker), tags, need.disk_gb, need.filters.get("image")
+    )
 
 
 def _first_boot(rental: Rental, provider: Provider, marker: str) -> str:
@@ -208,16 +230,31 @@ def _came_to_nothing(rental: Rental, why: str) -> None:
     rental.save(state="planned", tried=[*rental.record.tried, {"offer": rental.record.offer["offer_id"], "why": why}])
 
 
+def _keep_if_rows(rental: Rental, error: LaunchFailed) -> None:
+    """Raise MayCost for a machine that was ready before, and has rows that are not home: it is not given back."""
+    if rental.record.ready_at and (left := inventory.not_home(rental.name)):
+        raise MayCost(
+            f"{error.message} {rental.name} has rows of {', '.join(left)} that are not home, so it is kept, and "
+            "GOES ON COSTING money.",
+            f"Try again: gpu wait {rental.name}. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
 def climb(rental: Rental, provider: Provider, say: Say) -> None:
     """Up to ready; a machine that is not worth keeping is given back, its offer excluded, and another one tried."""
     try:
         readiness.climb(rental, provider, say)
     except LaunchFailed as error:
+        _keep_if_rows(rental, error)
         say(f"  {error.message} It is given back.")
+        is_over = guarding.is_past(rental)
         returning.end(rental, provider, say)
         bad = sum(entry["why"].startswith(BAD) for entry in rental.record.tried) + 1
         offer = rental.offer()
         tried = [*rental.record.tried, {"offer": offer.offer_id, "place": offer.place(), "why": BAD + error.message}]
-        rental.save(tried=tried, state="planned" if bad < _BAD_MACHINES_MAX else "gone")
-        if bad >= _BAD_MACHINES_MAX:
-            raise LaunchFailed(f"{error.message} {bad} machines were no good; all were given back.") from None
+        is_last = is_over or bad >= _BAD_MACHINES_MAX or isinstance(error, Unusable)
+        rental.save(tried=tried, state="gone" if is_last else "planned")
+        if is_last:
+            raise LaunchFailed(
+                f"{error.message} {bad} machines were no good; all were given back.", error.hint
+            ) from None

@@ -67,8 +67,9 @@ def open_lease(lease: Lease) -> None:
 
 
 def close_lease(marker: str, closed_at: float) -> None:
-    """Note that it costs money no more; the first closing of a marker counts."""
-    _append(f"{marker}/closed", closed_at=closed_at)
+    """Note that it costs money no more; the first closing of a marker counts, and only after its opening."""
+    if any(lease.marker == marker for lease in leases()):
+        _append(f"{marker}/closed", closed_at=closed_at)
 
 
 def leases() -> list[Lease]:

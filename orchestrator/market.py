@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrator import providers
-from orchestrator.errors import ConfigError, ProviderError
+from orchestrator.errors import ConfigError, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import Rental
+
+_SKEW_MAX_S = 300.0
 
 
 def need(how: dict[str, Any]) -> Need:
@@ -22,8 +24,17 @@ def need(how: dict[str, Any]) -> Need:
         max_price_usd_per_hour=how["max_price"],
         region=how["region"],
         disk_gb=how["disk"],
-        spot=how["spot"],
+        spot=how["spot"] or how["bid"] is not None,
+        bid_usd_per_hour=how["bid"],
+        filters=how["filters"],
+        hours=_hours(how),
     )
+
+
+def _hours(how: dict[str, Any]) -> float | None:
+    """How long a machine is needed, as far as what was typed says so."""
+    hours: float | None = how.get("max_hours")
+    return hours
 
 
 def accounts(name: str | None) -> list[Provider]:
@@ -35,6 +46,13 @@ def accounts(name: str | None) -> list[Provider]:
         names = providers.names()
         providers.open(names[0])  # says which key is missing, and where to get one
     return found
+
+
+def clouds_of(rental: Rental) -> list[Provider]:
+    """The accounts that a machine may be rented in: those there were when it was asked for, and still are."""
+    names = rental.record.clouds or [rental.record.provider]
+    found = [account for name in names if (account := providers.open_if_any(name)) is not None]
+    return found or [providers.open(rental.record.provider)]
 
 
 def account_of(rental: Rental) -> Provider:
@@ -54,8 +72,38 @@ def account_of(rental: Rental) -> Provider:
     )
 
 
+def _knowing(found: Sequence[Provider], need: Need) -> list[Provider]:
+    """The clouds that know every filter of a need; UsageError when none does."""
+    able = [account for account in found if set(need.filters) <= set(account.filters)]
+    if not able:
+        known = "; ".join(f"{account.name}: {', '.join(account.filters) or 'none'}" for account in found)
+        raise UsageError(f"No cloud can be asked for {', '.join(need.filters)}. Nothing was rented.", f"Known: {known}")
+    return able
+
+
+def overridden(found: Sequence[Provider], need: Need) -> list[str]:
+    """Which defaults that protect a need does not keep, in lines for a person."""
+    return [f"{account.name}: {words}" for account in _knowing(found, need) for words in account.overridden(need)]
+
+
+def check_clock(account: Provider) -> None:
+    """Raise ConfigError when this computer's clock is not that of its provider, which counts the money."""
+    skew_s = account.skew_s
+    if skew_s is not None and abs(skew_s) > _SKEW_MAX_S:
+        how = "behind" if skew_s > 0 else "ahead of"
+        raise ConfigError(
+            f"This computer's clock is {abs(skew_s) / 60:.0f} minutes {how} that of {account.name}: deadlines and "
+            "budgets would be wrong by as much. Nothing was rented.",
+            "Set the clock (sudo timedatectl set-ntp true), then type the same command again.",
+        )
+
+
 def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
-    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not."""
+    """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not.
+
+    A cloud that does not know a filter is not asked: what it has cannot be said to fit.
+    """
+    found = _knowing(found, need)
     with ThreadPoolExecutor(max(len(found), 1), thread_name_prefix="offers") as pool:
         answers = [pool.submit(account.offers, need) for account in found]
     offered, errors = [], []

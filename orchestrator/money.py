@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator import clock, keys, ledger, rentals
-from orchestrator.errors import ConfigError, UsageError
-from orchestrator.providers.base import Offer
+from jobs import locks
+from orchestrator import clock, config, keys, ledger, rentals
+from orchestrator.errors import ConfigError, Refused, UsageError
+from orchestrator.providers.base import Offer, Provider
 from orchestrator.rentals import Caps
+
+_LOCK_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ def settings() -> dict[str, Any]:
     return found
 
 
-def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
-    """Raise unless a machine of that offer may be rented with those caps. Nobody is asked."""
-    price = offer.price_usd_per_hour
+def check(offer: Offer, caps: Caps, provider: Provider) -> None:
+    """Raise unless a machine of that offer may be rented with those caps. A prepaid account is asked what is left."""
+    price, boot_minutes = offer.price_usd_per_hour, provider.boot_minutes[offer.count > 1]
     if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
         raise UsageError(
             f"A budget of {caps.budget_usd:.2f} USD buys {int(caps.budget_usd / price * 60)} minutes of "
@@ -63,9 +68,12 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
             "Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
+    if caps.max_hours is not None and caps.max_hours <= 0:
+        raise UsageError("The hours of --max-hours are used up. Nothing was rented.", "Raise --max-hours.")
+    most = at_most(price, caps)
+    _check_credit(provider.credit(), most, price * boot_minutes / 60, offer)
     bounds = limits()
     _check_limit("usd_per_hour", bounds.usd_per_hour, price, f"{offer.type_name} costs {price:.2f} USD/h")
-    most = at_most(price, caps)
     words = "could cost without end" if most is None else f"could cost up to {most:.2f} USD by its caps"
     _check_limit("usd_per_machine", bounds.usd_per_machine, most, f"{offer.type_name} {words}")
     if bounds.usd_per_month is not None:
@@ -75,6 +83,27 @@ def check(offer: Offer, caps: Caps, boot_minutes: float) -> None:
         more = "without end" if others is None else f"up to {others:.2f}"
         words = f"{spent:.2f} USD are spent this month, {more} by what is rented already, and {offer.type_name} {words}"
         _check_limit("usd_per_month", bounds.usd_per_month, total, words)
+
+
+def _check_credit(left: float | None, most: float | None, least: float, offer: Offer) -> None:
+    """Raise Refused unless a prepaid account pays for a machine until its deadline; without one, for its boot."""
+    wanted = least if most is None else most
+    if left is not None and left < wanted:
+        raise Refused(
+            f"The account at {offer.provider} has {left:.2f} USD left; {offer.type_name} may cost {wanted:.2f} USD by "
+            "its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
+            "Lower --budget or --max-hours, or add credit.",
+        )
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Be the one process that checks limits and notes what it is about to rent: two would both find room for one."""
+    try:
+        with locks.held(config.state_folder() / "limits.lock", _LOCK_WAIT_S):
+            yield
+    except TimeoutError:
+        raise ConfigError("Other commands rent machines all the time. Nothing was rented.", "Try again.") from None
 
 
 def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:

@@ -8,39 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator import gpus
 from orchestrator.errors import NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer
 
-_WORD = re.compile(r"[a-z]+[0-9]*[a-z]*|[0-9]+[a-z]*")
-_MEMORY = re.compile(r"([0-9]+)g(?:b|ib)?")
-_VRAM_SLACK = 0.97
-"""Of a memory asked for: what is sold as 80 GB is called 80, 79.6 or 81559 MiB."""
-
-
-def words(text: str) -> list[str]:
-    """A GPU's name as compared: `RTX_4090`, `rtx 4090` and `RTX4090` are the same."""
-    return _WORD.findall(text.lower())
+_COUNT = re.compile(r"[0-9]{1,3}x ")
+"""Before the GPU in a market's name of a kind of machine."""
+_WAIT = "Ask for less, or wait for one: gpu launch … --wait-capacity"
 
 
 def is_called(offer: Offer, asked: str) -> bool:
     """Whether an offer's GPU is the one that was typed; a memory in the name (`A100 80GB`) counts too."""
-    if offer.gpu is None:
-        return False
-    parts = re.split(r"[\s_/-]+", asked.lower())
-    memory = [int(found[1]) for part in parts if (found := _MEMORY.fullmatch(part))]
-    rest = " ".join(part for part in parts if not _MEMORY.fullmatch(part))
-    if memory and (offer.vram_gb is None or abs(offer.vram_gb - memory[0]) > memory[0] * (1 - _VRAM_SLACK)):
-        return False
-    have, want = words(offer.gpu), words(rest)
-    if not want and not memory:  # `--gpu "$GPU"` of a variable that is not set means no machine, not any
-        return False
-    runs = {"".join(have[start:end]) for start in range(len(have)) for end in range(start + 1, len(have) + 1)}
-    return "".join(want) in runs or all(any(_is_word(word, other) for other in have) for word in want)
+    return offer.gpu is not None and gpus.is_called(offer.gpu, offer.vram_gb, asked)
 
 
-def _is_word(word: str, other: str) -> bool:
-    """Whether a word is meant by another: all of it, or all but its number (`sxm` for `sxm5`)."""
-    return word == other or (word.isalpha() and other.rstrip("0123456789") == word)
+def is_in(offer: Offer, region: str) -> bool:
+    """Whether an offer is in the region that was typed, or in a part of it: `US` has `US-Texas` and `us-east-1`."""
+    return f"{offer.region or ''}-".lower().startswith(f"{region}-".lower())
 
 
 _Filter = tuple[str, Callable[[Offer], bool]]
@@ -56,11 +40,11 @@ def _filters(need: Need) -> list[_Filter]:
     if need.type_name is None and need.count is not None:
         found.append((f"--count {need.count}", lambda offer: offer.count == need.count))
     if (vram := need.min_vram_gb) is not None:
-        found.append((f"--min-vram {vram:g}", lambda offer: (offer.vram_gb or 0) >= vram * _VRAM_SLACK))
+        found.append((f"--min-vram {vram:g}", lambda offer: (offer.vram_gb or 0) >= vram * gpus.VRAM_SLACK))
     if (price := need.max_price_usd_per_hour) is not None:
         found.append((f"--max-price {price:g}", lambda offer: offer.price_usd_per_hour <= price))
     if need.region is not None:
-        found.append((f"--region {need.region}", lambda offer: offer.region == need.region))
+        found.append((f"--region {need.region}", lambda offer: is_in(offer, need.region or "")))
     if (disk := need.disk_gb) is not None:
         found.append((f"--disk {disk:g}", lambda offer: (offer.disk_gb or 0) >= disk))
     found.append(("--spot" if need.spot else "no --spot", lambda offer: offer.spot == need.spot))
@@ -76,17 +60,18 @@ def suitable(found: Sequence[Offer], need: Need, *, had_or_not: bool = False) ->
     filters = _filters(need)[1:] if had_or_not else _filters(need)
     fitting = [offer for offer in found if all(keeps(offer) for _, keeps in filters)]
     if not fitting:
-        raise NoCapacity(_why_none(found, filters), "Ask for less, or wait for one: gpu launch … --wait-capacity")
+        raise NoCapacity(_why_none(found, filters), _WAIT)
     return sorted(fitting, key=lambda offer: (not offer.available, offer.price_usd_per_hour, offer.offer_id))
 
 
 def _check_names(found: Sequence[Offer], need: Need) -> None:
     """Raise UsageError for a GPU, a type or a region that no offer has, with the nearest one that some have."""
-    gpus = sorted({offer.gpu for offer in found if offer.gpu})
+    is_there = any(is_in(offer, need.region or "") for offer in found)
+    names_of_gpus = sorted({offer.gpu for offer in found if offer.gpu})
     checks = [
-        ("GPU", need.gpu, gpus, any(is_called(offer, need.gpu or "") for offer in found)),
+        ("GPU", need.gpu, names_of_gpus, any(is_called(offer, need.gpu or "") for offer in found)),
         ("type of machine", need.type_name, sorted({offer.type_name for offer in found}), None),
-        ("region", need.region, sorted({offer.region for offer in found if offer.region}), None),
+        ("region", need.region, sorted({offer.region for offer in found if offer.region}), is_there),
     ]
     for what, asked, names, is_known in checks:
         if asked is None or (is_known if is_known is not None else asked in names):
@@ -95,9 +80,12 @@ def _check_names(found: Sequence[Offer], need: Need) -> None:
         close = difflib.get_close_matches(asked.lower(), forms, 1, 0.3)
         near = forms[close[0]] if close else None
         meant = f" Did you mean {near}?" if near else ""
+        there_are = f"There are: {_few(names)}"
         if what == "region":  # only regions where something is free are listed
             raise NoCapacity(f"Nothing is offered in the {what} {asked!r} just now.{meant} Nothing was rented.")
-        raise UsageError(f"No offer has the {what} {asked!r}.{meant} Nothing was rented.", f"There are: {_few(names)}")
+        if gpus.named(_COUNT.sub("", asked)):  # no typo: markets list only what is free
+            raise NoCapacity(f"No {asked} is offered just now. Nothing was rented.", f"{there_are}. {_WAIT}")
+        raise UsageError(f"No offer has the {what} {asked!r}.{meant} Nothing was rented.", there_are)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -38,7 +38,12 @@ def read_back(rental: Rental) -> dict[str, Any]:
     with machines.at(rental.name) as machine:
         told = view(machine, prepared_agent(machine))
     deadline, error = told.get("deadline"), told.get("last_error")
-    seen = {"alive": told["alive"], "phase": str(told.get("phase") or ""), "at": clock.timestamp()}
+    seen: dict[str, Any] = {
+        "alive": told["alive"],
+        "answered": bool(told.get("answered_at")),
+        "phase": str(told.get("phase") or ""),
+        "at": clock.timestamp(),
+    }
     seen |= {"deadline": deadline if type(deadline) in (int, float) else None, "error": str(error or "")[:300]}
     rental.save(guard_seen=seen)
     return seen

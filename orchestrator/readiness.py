@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import base64
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from jobs import durable
-from orchestrator import clock, enrolment, guarding, on_machine, ssh, ssh_config
-from orchestrator.errors import AuthRejected, GpuError, HostKeyChanged, LaunchFailed, Refused
+from orchestrator import admission, clock, enrolment, guarding, on_machine
+from orchestrator.admission import CALL_S, Door, called
+from orchestrator.errors import AuthRejected, GpuError, LaunchFailed, Refused, Unusable
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
-from orchestrator.ssh import SshMachine
 
 _POLL_S = (1.0, 2.0, 3.0, 5.0, 8.0, 10.0)
 """Between two looks, longer each time: providers ask for no more than one look in five to ten seconds."""
 _LISTED_S = 180.0
-_ACTIVE_S = (1500.0, 3000.0)
-"""For a machine with one GPU, and with more: those of eight take over twenty minutes."""
 _SSH_S = 600.0
-_KEY_PATIENCE_S = 90.0
-"""How long the image may take to put the host key in place that it was given."""
-_CALL_S = 30.0
+_PRICE_SLACK = 1.02
+"""What a machine may cost more than it was offered at: rounding."""
+_CENT_USD = 0.01
+_WORDS_MAX = 100
 _GPU_S = 240.0
+_ADMITTED_S = 60.0
 _GUARD_S = 180.0
 _VRAM_SHARE = 0.9
 """Of the memory paid for, what nvidia-smi must show at least: it counts in MiB, and the driver keeps some."""
@@ -63,6 +60,12 @@ class _Climb:
         found = step()
         self.say(f"  ✓ {words}{': ' if found else ''}{plain(found)} · {clock.monotonic() - self.began:.0f} s")
 
+    def tell(self, words: str) -> None:
+        """Say how far the machine is, by its provider's word, when that has changed."""
+        if words and words != self.last:
+            self.last = words
+            self.say(f"    {plain(words)[:_WORDS_MAX]}")
+
     def until(self, look: Callable[[], str | None], limit_s: float, what: str) -> str:
         """What `look` finds, asked again until it finds something; LaunchFailed when the time is over."""
         tries = 0
@@ -70,6 +73,8 @@ class _Climb:
             found = self._looked(look)
             if found is not None:
                 return found
+            if guarding.is_past(self.rental):
+                raise LaunchFailed(f"{self.rental.name}: its time is over before it is ready.")
             if clock.monotonic() > self.began + limit_s:
                 last = f" It said last: {plain(self.last)}" if self.last else ""
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
@@ -96,6 +101,7 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     offer = rental.offer()
     minutes = provider.boot_minutes[offer.count > 1]
     up.rung("listed by the provider", "5 s", lambda: _listed(up))
+    up.rung("what was asked for, by its provider's word", "1 s", lambda: _as_asked(up, offer))
     up.rung("active, with an address", f"{minutes:.0f} min", lambda: _active(up, offer))
     up.rung("lets us in over SSH", "30 s", lambda: _let_in(up))
     up.rung("answers", "1 s", lambda: _answers(up))
@@ -123,83 +129,66 @@ def _instance(up: _Climb) -> Instance | None:
     return found
 
 
+def _as_asked(up: _Climb, offer: Offer) -> str:
+    """What was bought is what was asked for, as far as the provider says: another machine or price is not kept."""
+
+    def look() -> str | None:
+        found = _instance(up)
+        return None if found is None else _compared(up.rental.name, offer, found)
+
+    return up.until(look, _LISTED_S, "its provider does not list it")
+
+
+def _compared(name: str, offer: Offer, found: Instance) -> str:
+    """Empty when an instance is what was asked for; LaunchFailed, naming the difference, when it is not."""
+    kinds = {True: "a spot machine", False: "one at a fixed price"}
+    price = found.price_usd_per_hour
+    differences = [
+        (found.type_name not in ("", offer.type_name), f"a {found.type_name}; {offer.type_name} was asked for"),
+        (found.spot not in (None, offer.spot), f"{kinds[bool(found.spot)]}; {kinds[offer.spot]} was asked for"),
+        (found.count not in (None, offer.count), f"one with {found.count} GPUs; {offer.count} were asked for"),
+        (found.gpu not in (None, offer.gpu), f"one with {found.gpu}; {offer.gpu} was asked for"),
+        (
+            price is not None and price > offer.price_usd_per_hour * _PRICE_SLACK + _CENT_USD,
+            f"one at {price or 0:.3f} USD/h; it was offered at {offer.price_usd_per_hour:.3f}",
+        ),
+    ]
+    for is_so, words in differences:
+        if is_so:
+            raise LaunchFailed(f"{name} is, by its provider's own word, {plain(words)}.")
+    return ""
+
+
 def _active(up: _Climb, offer: Offer) -> str:
     def look() -> str | None:
         found = _instance(up)
         if found is None or found.state in ("gone", "stopping"):
             raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
-        if found.state in ("unhealthy", "stopped"):
-            raise LaunchFailed(f"{up.rental.name} is {plain(found.raw_state)}, by its provider's own word.")
+        if found.state == "stopped" and up.rental.record.ready_at:  # it was started again, and what is said lags behind
+            return None
+        if found.failure or found.state in ("unhealthy", "stopped"):
+            why = found.failure or found.raw_state
+            raise LaunchFailed(f"{up.rental.name}, by its provider's own word: {plain(why)}.")
+        up.tell(found.message)
         if found.state != "ready" or not found.host:
             return None
         up.rental.save(user=found.user, host=found.host, port=found.port)
         return found.host
 
-    return up.until(look, _ACTIVE_S[offer.count > 1], "its provider does not call it active")
-
-
-def _asked(rental: Rental) -> enrolment.Asked:
-    record = rental.record
-    address = ssh_config.Address(record.user, record.host or "", record.port)
-    return enrolment.Asked(rental.name, address, python=record.python)
+    return up.until(look, up.provider.active_s[offer.count > 1], "its provider does not call it active")
 
 
 def _let_in(up: _Climb) -> str:
-    """By the host key that the machine was given; if its image ignores that, what it shows is pinned, and said."""
-    rental = up.rental
-    _pin_given(rental)
-    enrolment.write_config(_asked(rental), rental.folder)
-    said = ""
-
-    def look() -> str | None:
-        nonlocal said
-        try:
-            _called(rental, ["true"])
-        except HostKeyChanged:
-            if clock.monotonic() > up.began + _KEY_PATIENCE_S and not said:
-                said = _pin_shown(rental)
-            return None
-        return said or "by the host key it was given"
-
-    return up.until(look, _SSH_S, "it does not let us in over SSH")
-
-
-def _called(rental: Rental, words: list[str]) -> str:
-    with SshMachine(rental.folder, Path("/"), "python3") as machine:
-        return machine.call(words, b"", _CALL_S).decode("utf-8", "replace")
-
-
-def _pin_given(rental: Rental) -> None:
-    """Pin the host key that the machine was given at launch."""
-    kind, blob = (rental.folder / "host_key.pub").read_text(encoding="ascii").split()[:2]
-    line = ssh_config.known_host_line(_asked(rental).address, kind, blob)
-    durable.replace_whole(rental.folder / "known_hosts", line.encode())
-
-
-def _pin_shown(rental: Rental) -> str:
-    """Pin the host key that the machine shows instead of the one it was given; returns words that say so."""
-    record = rental.record
-    key = ssh.host_key(record.host or "", record.port)
-    line = ssh_config.known_host_line(_asked(rental).address, key.get_name(), key.get_base64())
-    durable.replace_whole(rental.folder / "known_hosts", line.encode())
-    return f"its image ignores the host key it was given: first contact was NOT verified; pinned: {key.fingerprint}"
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of the pinned host key."""
-    import hashlib
-
-    blob = base64.b64decode((folder / "known_hosts").read_text(encoding="ascii").split()[2])
-    return "SHA256:" + base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return up.until(Door(up.rental, up.provider).look, _SSH_S, "it does not let us in over SSH")
 
 
 def _answers(up: _Climb) -> str:
     nonce = secrets.token_hex(16)
 
     def look() -> str | None:
-        return "" if _called(up.rental, ["echo", nonce]).strip() == nonce else None
+        return "" if called(up.rental, ["echo", nonce]).strip() == nonce else None
 
-    return up.until(look, _CALL_S * 2, "it does not answer")
+    return up.until(look, CALL_S * 2, "it does not answer")
 
 
 def _shows_gpus(up: _Climb, offer: Offer) -> str:
@@ -207,7 +196,7 @@ def _shows_gpus(up: _Climb, offer: Offer) -> str:
         return "none was paid for"
 
     def look() -> str | None:
-        return _checked(up.rental, offer, _called(up.rental, _GPUS))
+        return _checked(up.rental, offer, called(up.rental, _GPUS))
 
     return up.until(look, _GPU_S, "nvidia-smi shows no GPU")
 
@@ -236,7 +225,7 @@ def _initialises(up: _Climb, offer: Offer) -> str:
         return "no GPU was paid for"
 
     def look() -> str | None:
-        said = _called(up.rental, ["python3", "-I", "-c", _CUDA]).strip()
+        said = called(up.rental, ["python3", "-I", "-c", _CUDA]).strip()
         if said == "none":
             return "not asked: there is no libcuda to ask"
         up.last = f"driver error {said}"
@@ -246,7 +235,7 @@ def _initialises(up: _Climb, offer: Offer) -> str:
 
 
 def _guarded(up: _Climb) -> str:
-    """A guard that was asked for and cannot be read back is none: the machine is not kept."""
+    """A guard that cannot be read back, or that its provider does not answer, is none: the machine is not kept."""
 
     def look() -> str | None:
         try:
@@ -255,25 +244,32 @@ def _guarded(up: _Climb) -> str:
             up.last = error.message
             return None
         up.last = seen["error"]
-        return guarding.in_words(up.rental) if seen["alive"] else None
+        is_armed = seen["alive"] and seen["answered"] and not seen["error"]
+        return guarding.in_words(up.rental) if is_armed else None
 
     return up.until(look, _GUARD_S, "its guard is not armed")
 
 
 def _has_space(up: _Climb) -> str:
     def look() -> str | None:
-        free_kb = _called(up.rental, ["sh", "-c", _DISK]).strip()
+        free_kb = called(up.rental, ["sh", "-c", _DISK]).strip()
         free_gb = int(free_kb) / 1e6 if free_kb.isdigit() else None
         if free_gb is not None and free_gb < _FREE_MIN_GB:
             raise LaunchFailed(f"{up.rental.name} has only {free_gb:.1f} GB free.")
         return "not known" if free_gb is None else f"{free_gb:.0f} GB free"
 
-    return up.until(look, _CALL_S * 2, "it does not say what space it has")
+    return up.until(look, CALL_S * 2, "it does not say what space it has")
 
 
 def _is_admitted(up: _Climb) -> str:
     def look() -> str | None:
-        enrolment.admit(_asked(up.rental), up.rental.folder, _fingerprint(up.rental.folder))
+        enrolment.admit(admission.asked(up.rental), up.rental.folder, admission.fingerprint(up.rental.folder))
         return ""
 
-    return up.until(look, _CALL_S * 2, "it cannot be used")
+    try:
+        return up.until(look, _ADMITTED_S, "it cannot be used")
+    except LaunchFailed as error:
+        asked = up.rental.record.python
+        if asked and asked in error.message:  # a typing error must not cost one machine after the other
+            raise Unusable(error.message, "Check --python.") from None
+        raise

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ class Caps:
         bought = math.floor((self.budget_usd or 0.0) / price_usd_per_hour * 60) / 60 if has_end else None
         return min((limit for limit in (self.max_hours, bought) if limit is not None), default=None)
 
+    def less(self, spent: Iterable[ledger.Lease]) -> Caps:
+        """What is left of them after these; 0.0 where that is nothing."""
+        leases = list(spent)
+        hours, usd = sum(lease.hours() for lease in leases), round(sum(lease.usd() for lease in leases), 4)
+        return replace(
+            self,
+            max_hours=None if self.max_hours is None else max(self.max_hours - hours, 0.0),
+            budget_usd=None if self.budget_usd is None else max(self.budget_usd - usd, 0.0),
+        )
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -50,9 +60,10 @@ class Terms:
 
 @dataclass
 class Record:
-    """What rental.json says. `state`: planned, launching, booting, ready, stopping, or an ended one.
+    """What rental.json says. `state`: planned, launching, booting, ready, stopped, stopping, or an ended one.
 
-    `launching` from before the paid request until its outcome is known: an instance with the marker may exist.
+    `stopped`: its disk is kept and billed, and nothing runs. `launching` from before the paid request until its outcome
+    is known: an instance with the marker may exist.
     """
 
     name: str
@@ -79,11 +90,17 @@ class Record:
     gone_at: float | None = None
     deadline: float | None = None
     """When it is given back whatever happens, in seconds since 1970; None: never."""
+    unhealthy_at: float | None = None
+    """Since when its provider calls it unhealthy and it does not answer, in seconds since 1970."""
+    kept_until: float | None = None
+    """After a failed run: idle or not, it is left alone until then, and given back after; None: it is not kept so."""
     guard: str = "laptop"
     key_name: str = ""
     """Of its public key in the account."""
     account: str = ""
     """Which account key it was rented with, as a digest."""
+    clouds: list[str] = field(default_factory=list)
+    """Where it may be rented; empty: at `provider` alone, which else is where it was asked for last."""
     tried: list[dict[str, str]] = field(default_factory=list)
     """Offers that came to nothing: `offer`, `why`, and `place` where a machine was no good."""
     python: str | None = None
@@ -115,6 +132,13 @@ class Rental:
         durable.save_json(_path(self.folder), asdict(changed))
         self.record = changed
 
+    def note(self, **changes: Any) -> None:
+        """The same for what has happened already; a disk that takes nothing must not keep a machine from its end."""
+        try:
+            self.save(**changes)
+        except OSError:
+            self.record = replace(self.record, **changes)
+
     def reload(self) -> None:
         """Read the record again: another process of ours may have gone on with it."""
         self.record = _load_record(_path(self.folder))
@@ -132,7 +156,7 @@ class Rental:
     @property
     def may_cost(self) -> bool:
         """Whether something of it may cost money now."""
-        return self.record.state in ("launching", "booting", "ready", "stopping")
+        return self.record.state in ("launching", "booting", "ready", "stopped", "stopping")
 
     def offer(self) -> Offer:
         """What the newest request was for."""
@@ -179,11 +203,8 @@ class Rental:
         return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == newest]
 
     def caps_left(self) -> Caps:
-        """Its limits, less what machines have cost that were given back because they were no good."""
-        caps = self.caps()
-        if caps.budget_usd is None:
-            return caps
-        return replace(caps, budget_usd=max(caps.budget_usd - self.usd(), 0.0))
+        """Its limits, less what machines have taken that were given back because they were no good."""
+        return self.caps().less(self.leases())
 
     def in_words(self) -> str:
         """Kind and region."""
@@ -192,18 +213,38 @@ class Rental:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the one process that launches or gives back this machine; the record is read anew inside."""
-        lock = locks.take(self.folder / "rental.lock", _LOCK_WAIT_S)
-        if lock is None:
-            raise ConfigError(
-                f"Another command launches or gives back {self.name} just now. Nothing was changed.",
-                f"Wait for it, or look where it stands: gpu status {self.name}",
-            )
+        """Be the one process that launches or gives back this machine; the record is read anew inside.
+
+        On a disk that takes no lock nobody can launch, and an end may be asked for by several.
+        """
         try:
+            lock = locks.take(self._lock, _LOCK_WAIT_S)
+        except OSError:
+            self.reload()
+            yield
+            return
+        try:
+            if lock is None or not self._is_mine(lock):
+                raise ConfigError(
+                    f"Another command launches or gives back {self.name} just now. Nothing was changed.",
+                    f"Wait for it, or look where it stands: gpu status {self.name}",
+                )
             self.reload()
             yield
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
+
+    @property
+    def _lock(self) -> Path:
+        return self.folder / "rental.lock"
+
+    def _is_mine(self, lock: int) -> bool:
+        """Whether the lock is that of the folder as it is now: another machine of the name may have its place."""
+        try:
+            return os.path.samestat(os.fstat(lock), self._lock.stat())
+        except FileNotFoundError:
+            return False
 
 
 def _path(folder: Path) -> Path:
@@ -300,7 +341,8 @@ def _create(name: str, provider: str, terms: Terms, found: dict[str, Any]) -> Re
                 f"Go on with it: gpu wait {name}. For another one: gpu launch OTHERNAME …",
             )
         if old is not None:
-            machines.remove(name)
+            with old.locked():  # who has just ended it may not be done with its folder
+                machines.remove(name)
         durable.have_folder(folder)
         need, caps = asdict(terms.need), asdict(terms.caps)
         record = Record(name, provider, need, caps, clock.now(), python=terms.python, guard=terms.guard, **found)

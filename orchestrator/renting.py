@@ -43,7 +43,8 @@ def plan(asked: Wish) -> tuple[Provider, Offer]:
     found = market.accounts(asked.provider)
     fitting = _fitting(asked, market.listed(found, asked.need))
     account = next(entry for entry in found if entry.name == fitting[0].provider)
-    money.check(fitting[0], asked.caps, account.boot_minutes[fitting[0].count > 1])
+    market.check_clock(account)
+    money.check(fitting[0], asked.caps, account)
     return account, fitting[0]
 
 
@@ -57,17 +58,20 @@ def _fitting(asked: Wish, offered: Sequence[Offer]) -> list[Offer]:
         return offers.suitable(offered, replace(asked.need, region=None), had_or_not=True)
 
 
-def in_words(asked: Wish, offer: Offer) -> list[str]:
+def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     """What a launch means, in plain words: what, what it costs at most, and who ends it."""
     most = money.at_most(offer.price_usd_per_hour, asked.caps)
     hours = asked.caps.hours(offer.price_usd_per_hour)
     limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
     idle = asked.caps.idle_minutes
-    idle_words = "never for being idle" if idle is None else f"after {idle:g} idle minutes, once its rows are home"
+    idle_words = "not ended when idle" if idle is None else f"ended after {idle:g} idle minutes, once its rows are home"
+    hard = "No deadline ends it." if hours is None else "At the hard deadline it is ended with whatever is on it."
+    guard = guarding.explained(account.guard or guarding.chosen())
+    is_open = account.guard is None and not guarding.is_chosen()
     return [
-        f"Rent {offers.in_words(offer)}: {limit}; given back {idle_words}.",
-        f"At the hard deadline it is ended with whatever is on it. Guard: {guarding.HOW[guarding.chosen()]}."
-        + ("" if guarding.is_chosen() else " Choose another: gpu guard setup"),
+        *market.overridden([account], asked.need),
+        f"Rent {offers.in_words(offer)}: {limit}; {idle_words}.",
+        f"{hard} Guard: {guard}." + (" Choose another: gpu guard setup" if is_open else ""),
     ]
 
 
@@ -86,8 +90,9 @@ def check_name(name: str) -> None:
 
 def rent(name: str, asked: Wish, account: Provider) -> Rental:
     """Make the record of a machine that is to be rented: from here on it can be gone on with. Nothing is asked yet."""
-    terms = Terms(asked.need, asked.caps, guarding.chosen(), asked.python)
-    return rentals.create(name, account.name, terms)
+    terms = Terms(asked.need, asked.caps, account.guard or guarding.chosen(), asked.python)
+    clouds = [cloud.name for cloud in market.accounts(asked.provider)]
+    return rentals.create(name, account.name, terms, clouds=clouds)
 
 
 def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
@@ -98,7 +103,7 @@ def ensure_ready(name: str, say: Say, *, wait_capacity: bool = False) -> None:
     with rental.locked():
         if rental.record.state in ENDED:
             raise gone(rental)
-        launching.launch(rental, market.account_of(rental), say, wait_capacity=wait_capacity)
+        launching.launch(rental, say, wait_capacity=wait_capacity)
         if rental.record.state in ENDED:
             raise gone(rental)
 
@@ -138,13 +143,12 @@ def go_on(rental: Rental, say: Say, *, wait_capacity: bool, until_rented: bool) 
 
     Raises ConfigError when it is given back instead, because that had begun.
     """
-    account = market.account_of(rental)
     with rental.locked():
         rental.save(unattended=until_rented)
         while rental.record.state in ("planned", "launching") or (
             not until_rented and rental.record.state not in ("ready", *ENDED)
         ):
-            launching.advance(rental, account, say, wait_capacity=wait_capacity)
+            launching.advance(rental, say, wait_capacity=wait_capacity)
         if rental.record.state in ENDED:
             raise gone(rental)
 
@@ -154,7 +158,8 @@ def left(rental: Rental) -> str:
     if not rental.may_cost:
         return f"\nLeft {rental.name} as it is; nothing is rented."
     price = rental.price_usd_per_hour or 0.0
+    carry_on = "" if rental.record.state == "stopping" else f"Carry on:       gpu wait {rental.name}\n"
     return (
         f"\nLeft {rental.name} as it is; it MAY COST {price:.2f} USD/h.\n"
-        f"Carry on:       gpu wait {rental.name}\nGive it back:   gpu terminate {rental.name}"
+        f"{carry_on}Give it back:   gpu terminate {rental.name}"
     )

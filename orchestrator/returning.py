@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, outcome, runs, user_ssh
+from orchestrator import clock, inventory, journey, machines, market, outcome, providers, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
+    ConfigError,
     GpuError,
+    MayCost,
+    NotNoted,
     NotReturned,
     ProviderDown,
     RateLimited,
@@ -26,6 +29,8 @@ _ASK_AGAIN_S = 30.0
 _TWICE_S = 5.0
 """Between the two answers that an instance is gone."""
 _GRACE_S = 30.0
+_LOOK_S = 30.0
+_SHOWN_MAX = 10
 Say = Callable[[str], None]
 
 
@@ -37,8 +42,20 @@ def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = F
     if rental.record.state in ENDED:
         return
     if not discard:
+        _refuse_stopped(rental)
         _bring_home(rental)
     end(rental, provider, say)
+
+
+def _refuse_stopped(rental: Rental) -> None:
+    """Raise UsageError when a stopped machine has rows that are not home: nobody can read them before it is started."""
+    if rental.record.state == "stopped" and (left := inventory.not_home(rental.name)):
+        raise UsageError(
+            f"{rental.name} is stopped, and has rows of {', '.join(left)} that are not home. It was not given back, "
+            "and its disk goes on costing money.",
+            f"Start it again, then give it back: gpu wait {rental.name}. To give up what is there: gpu terminate "
+            f"{rental.name} --discard",
+        )
 
 
 def _bring_home(rental: Rental) -> None:
@@ -56,12 +73,35 @@ def _bring_home(rental: Rental) -> None:
             f"Stop it first: gpu stop {left[0]}. To give up what is there: gpu terminate {rental.name} --discard",
         )
 
+    if strangers := _strangers(rental):
+        raise UsageError(
+            f"{', '.join(strangers)} on {rental.name} was not begun from this computer, which cannot bring home what "
+            "is there. It was not given back, and goes on costing money.",
+            f"Pull it where it was begun. To give up what is there: gpu terminate {rental.name} --discard",
+        )
+
+
+def _strangers(rental: Rental) -> list[str]:
+    """The runs on a machine, as far as it can be asked, of which nothing was ever known here."""
+    with contextlib.suppress(GpuError), machines.at(rental.name) as machine:
+        told = machine.call(["ls", "-1", f"{machine.root}/runs"], b"", _LOOK_S).decode("utf-8", "replace")
+        return [plain(name) for name in told.splitlines() if name and not runs.is_remembered(name)][:_SHOWN_MAX]
+    return []
+
+
+def stop_runs(rental: Rental) -> None:
+    """Stop what runs on a machine, as far as that can be done; what has left it goes on where it is now."""
+    for run in [runs.find(name) for name in inventory.not_home(rental.name)]:
+        with contextlib.suppress(GpuError, OSError):
+            if run.record.machine != rental.name:
+                journey.gather(run)
+            elif run.record.state in ("pushed", "running"):
+                journey.stop(run, _GRACE_S)
+
 
 def at_deadline(rental: Rental, provider: Provider, say: Say) -> None:
     """End a machine whose time is over: workers stopped cleanly and rows pulled as far as that can be done."""
-    for name in inventory.not_home(rental.name):
-        with contextlib.suppress(GpuError):
-            journey.stop(runs.find(name), _GRACE_S)
+    stop_runs(rental)
     for name in inventory.not_home(rental.name):
         say(f"{name} may have rows on {rental.name} that are not home; its hard deadline is over.")
     end(rental, provider, say)
@@ -80,11 +120,18 @@ def end(rental: Rental, provider: Provider, say: Say) -> None:
     if rental.record.instance_id is None:
         rental.save(state="gone")
         return
-    rental.save(state="stopping")
+    rental.note(state="stopping")
     say(f"giving {rental.name} back")
     _until_gone(rental, provider)
-    rental.is_gone()
-    tidy(rental, provider)
+    try:
+        rental.is_gone()
+        tidy(rental, provider)
+    except OSError as error:
+        raise NotNoted(
+            f"{rental.name} is gone, by its provider's own word, and costs nothing more. That cannot be noted here: "
+            f"{error.strerror}.",
+            f"Free some space, or have {rental.folder} writable, then again: gpu terminate {rental.name}",
+        ) from None
 
 
 def _until_gone(rental: Rental, provider: Provider) -> None:
@@ -117,7 +164,7 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
     """
     if found is not None:
         if rental.record.raw_state is None:
-            rental.save(raw_state=found.raw_state)
+            rental.note(raw_state=found.raw_state)
         return found.state == "gone"
     launched_at = clock.parse(rental.record.launched_at).timestamp() if rental.record.launched_at else 0.0
     return rental.record.raw_state is not None or clock.timestamp() > launched_at + outcome.SETTLED_S
@@ -134,18 +181,43 @@ def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
     )
 
 
+def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuError:
+    """The error of a command while a machine may cost money: an error of another kind would say that nothing does."""
+    known = error if isinstance(error, GpuError) else ConfigError(f"{rental.folder}: {error}.")
+    if isinstance(known, (MayCost, NotNoted)) or not rental.may_cost:
+        return known
+    cloud, price = providers.PROVIDERS.get(rental.record.provider), rental.price_usd_per_hour or 0.0
+    what = f"{rental.name} (instance {rental.record.instance_id or 'not known yet'}, {rental.in_words()})"
+    look = f"Or look: {cloud.dashboard}" if cloud else ""
+    return MayCost(
+        f"{known.message} {what} MAY GO ON COSTING {price:.2f} USD/h.",
+        f"{hint or known.hint or f'Again: gpu terminate {rental.name}'} {look}",
+    )
+
+
 def tidy(rental: Rental, provider: Provider) -> None:
     """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
-    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
-        if rental.record.key_name:
-            provider.remove_key(rental.record.key_name)
-            rental.save(key_name="")
+    _remove_key(rental, provider)
     with contextlib.suppress(GpuError):
         user_ssh.undo(rental.name, Path.home())
     for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
         journey.machine_is_gone(runs.find(name), rental.name)
+
+
+def remove_key(rental: Rental) -> None:
+    """Take the machine's public key out of the account it was last asked for in, before another one is asked."""
+    with contextlib.suppress(GpuError):
+        _remove_key(rental, market.account_of(rental))
+    rental.save(key_name="")
+
+
+def _remove_key(rental: Rental, provider: Provider) -> None:
+    with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
+        if rental.record.key_name:
+            provider.remove_key(rental.record.key_name)
+            rental.save(key_name="")
 
 
 def receipt(rental: Rental) -> list[str]:

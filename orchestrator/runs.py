@@ -171,6 +171,11 @@ def _remember(home: rundir.Home) -> None:
     durable.save_json(book / f"{home.run_id}.json", {"path": str(home.folder.absolute())})
 
 
+def is_remembered(run_id: str) -> bool:
+    """Whether a run was begun from here, or taken over with this state folder; its own folder may be gone."""
+    return rundir.is_safe_name(run_id) and (config.state_folder() / "runs" / f"{run_id}.json").is_file()
+
+
 def _load_record(path: Path) -> Record:
     """What a run.json holds; ConfigError when it is damaged, or names what may not stand in a path."""
     document = durable.load_news(path)

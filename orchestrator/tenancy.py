@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
+from jobs import locks
 from orchestrator import clock, guarding, inventory, journey, ledger, market, notices, rentals, renting, returning
-from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NotReachable
-from orchestrator.providers.base import Need
+from orchestrator.errors import DeadlineOver, GpuError, MachineGone, MayCost, NoCapacity, NotReachable
+from orchestrator.providers.base import Need, Provider
 from orchestrator.rentals import ENDED, Caps, Rental
 from orchestrator.renting import Wish
 from orchestrator.runs import ENDED as ENDED_RUNS
@@ -17,7 +19,12 @@ from orchestrator.runs import Run
 
 _MACHINES_MAX = 4
 """How many machines one command rents for a run, one after the other, before it gives up."""
+_TRIES_MAX = 6
+"""How often a machine may cease to answer and come back."""
+_SURE_S = 300.0
+"""After so long without an answer, beside all that was waited before, a machine whose provider answers is dead."""
 _NAME_MAX = 56
+_LOOK_S = 5.0
 _MOST = 0.8
 """Of its time, or budget: then it is said."""
 Say = Callable[[str], None]
@@ -35,8 +42,8 @@ def next_name(run: Run) -> str:
 
 
 def document(asked: Wish) -> dict[str, Any]:
-    """A wish as the run's record keeps it, so that another machine can be rented by it."""
-    return asdict(asked)
+    """A wish as the run's record keeps it, so that another machine can be rented by it; its caps count from now on."""
+    return {**asdict(asked), "since": clock.timestamp()}
 
 
 def wish(run: Run) -> Wish | None:
@@ -48,7 +55,7 @@ def wish(run: Run) -> Wish | None:
 
 
 def begin(run: Run, name: str) -> bool:
-    """Make the record of a machine the run will have, unless its budget is spent; whether there is one now.
+    """Make the record of a machine the run will have, unless its caps are used up; whether there is one now.
 
     One that came to nothing is asked for anew; one that the run has worked on is not. Nobody is asked but for offers.
     """
@@ -58,20 +65,31 @@ def begin(run: Run, name: str) -> bool:
     rental = rentals.find(name)
     is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
     if is_new or (rental is not None and rental.record.state == "refused"):
-        account, _ = renting.plan(left)
-        renting.rent(name, left, account)
+        asked, account = _planned(left, is_new=not run.record.legs)
+        renting.rent(name, asked, account)
     return True
 
 
+def _planned(asked: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
+    """A wish that some offer fits, and whose it is: a run that was outbid takes a machine at a fixed price, too."""
+    try:
+        return asked, renting.plan(asked)[0]
+    except NoCapacity:
+        if is_new or not asked.need.spot:
+            raise
+        fixed = replace(asked, need=replace(asked.need, spot=False, bid_usd_per_hour=None))
+        return fixed, renting.plan(fixed)[0]
+
+
 def _left(run: Run) -> Wish | None:
-    """What may still be rented for the run: its wish with what is left of its budget; None when that is nothing."""
+    """What may still be rented for the run: its wish with what is left of its caps; None when that is nothing."""
     asked = wish(run)
-    if asked is None or asked.caps.budget_usd is None:
-        return asked
-    base = name_for(run.run_id)
-    names = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
-    left = asked.caps.budget_usd - sum(lease.usd() for lease in names)
-    return replace(asked, caps=replace(asked.caps, budget_usd=left)) if left > 0 else None
+    if asked is None:
+        return None
+    base, since = name_for(run.run_id), run.record.rents.get("since", 0.0)
+    mine = [lease for lease in ledger.leases() if lease.machine == base or lease.machine.startswith(f"{base}-")]
+    caps = asked.caps.less(lease for lease in mine if lease.opened_at >= since)
+    return None if 0.0 in (caps.max_hours, caps.budget_usd) else replace(asked, caps=caps)
 
 
 def carry(run: Run, go: Callable[[], None], say: Say) -> None:
@@ -79,26 +97,49 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
 
     **May spend money**, within the caps the run was started with. Raises GpuError.
     """
-    for _ in range(_MACHINES_MAX):
+    for others in reversed(range(_MACHINES_MAX)):
+        _carry_there(run, go, say)
+        run.reload()
+        name = run.record.machine
+        if run.record.state in ("sealed", "failed", "stopped") or not rentals.is_gone(name):
+            return
+        if _is_lost(name):
+            notices.tell("machine_lost", run_id=run.run_id, machine=name, message=f"{name} is gone.")
+            if others and run.record.rents and elsewhere(run, say):
+                continue
+        break
+    if run.record.state not in ENDED_RUNS:
+        raise MachineGone(f"{name} is gone. Nothing is rented for {run.run_id}.", f"gpu resume {run.run_id} --gpu …")
+
+
+def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
+    """Take `go` with the run on the machine it has; returns when that is done, or the machine is no more."""
+    for _ in range(_TRIES_MAX):
         if run.record.state == "planned":
             begin(run, run.record.machine)
         if run.record.state not in ENDED_RUNS:
             renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
+            _take_up(run.record.machine)
         try:
             go()
-        except MachineGone as error:
-            journey.machine_is_gone(run, run.record.machine)
-            notices.tell("machine_lost", run_id=run.run_id, machine=run.record.machine, message=error.message)
         except DeadlineOver as error:
             end_in_time(run, error, say)
-            return
-        except NotReachable as error:
-            if not give_up(run, error, say):
-                raise
-        run.reload()
-        is_lost = run.record.state == "lost" and rentals.is_gone(run.record.machine)
-        if not is_lost or not run.record.rents or not elsewhere(run, say):
-            return
+        except GpuError as error:
+            if not rentals.is_gone(run.record.machine) and not _is_dead(run, error, say):
+                trouble = error
+                run.reload()
+                continue
+            journey.machine_is_gone(run, run.record.machine)
+        return
+    raise trouble
+
+
+def _is_lost(name: str) -> bool:
+    """Whether a rented machine has vanished: not one that somebody ended, nor one that its guard ended in time."""
+    rental = rentals.find(name)
+    if rental is None or rental.record.state != "lost":
+        return False
+    return rental.record.deadline is None or clock.timestamp() < rental.record.deadline
 
 
 def end_in_time(run: Run, error: DeadlineOver, say: Say) -> None:
@@ -139,14 +180,36 @@ class Meter:
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
-def give_up(run: Run, error: NotReachable, say: Say) -> bool:
-    """End a machine rented for this run that does not answer, and has not for minutes; whether that was done."""
-    rental = rentals.find(run.record.machine)
-    if rental is None or not run.record.rents or rental.record.state != "ready":
+def give_up(run: Run, error: GpuError, say: Say) -> bool:
+    """Whether a machine rented for a run is ended because it answers nobody, while its provider does."""
+    try:
+        return _is_dead(run, error, say)
+    except GpuError:
         return False
+
+
+def _is_dead(run: Run, error: GpuError, say: Say) -> bool:
+    """Whether a machine rented for this run answers nobody, while its provider does; then it is ended.
+
+    False when it answers again. Raises `error`, which made one ask, when that is none of it, or cannot be known: a
+    computer that is cut off reaches neither, and unreachable is not dead.
+    """
+    rental, is_silent = rentals.find(run.record.machine), isinstance(error, NotReachable)
+    if rental is None or not is_silent or not run.record.rents or rental.record.state != "ready":
+        raise error
+    until = clock.monotonic() + _SURE_S
+    while clock.monotonic() < until:
+        try:
+            provider = market.account_of(rental)
+            found = provider.get(rental.record.instance_id or "")
+        except GpuError:
+            raise error from None
+        if found is None or inventory.reach(rental.name) is None:
+            return False
+        clock.sleep(_LOOK_S)
     say(f"{error.message} It is given back, and the run goes on elsewhere.")
     with rental.locked():
-        returning.end(rental, market.account_of(rental), say)
+        returning.end(rental, provider, say)
         rental.save(state="lost", failure="it did not answer any more")
     return True
 
@@ -155,7 +218,7 @@ def elsewhere(run: Run, say: Say) -> bool:
     """Have a run whose own machine is gone go on on another one, within its caps; whether it may."""
     name = next_name(run)
     if not begin(run, name):
-        say(f"{run.record.machine} is gone, and nothing more is rented for {run.run_id}: its budget is spent.")
+        say(f"{run.record.machine} is gone, and nothing more is rented for {run.run_id}: its caps are used up.")
         return False
     say(f"{run.record.machine} is gone; {run.record.rows_home} rows are home. Going on on another machine.")
     journey.move(run, journey.Wish(machine=name, take_over=True))
@@ -170,36 +233,79 @@ def tell_end(run: Run) -> None:
         notices.tell(event, run_id=run.run_id, machine=run.record.machine, **facts)
 
 
-def after(run: Run, say: Say) -> None:
+def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = True) -> None:
     """Give the run's machine back, if that was asked for and the run has ended; after a failure once its time is over.
 
-    Raises MayCost while it may still cost money.
+    `failure`: what the command ended with; a run that it kept from beginning has ended, too. Raises MayCost while the
+    machine may still cost money.
     """
     rental = rentals.find(run.record.machine)
-    if rental is None or not run.record.terminate or rental.record.state in ENDED:
+    if rental is None or not run.record.terminate or rental.record.state in ENDED or isinstance(failure, MayCost):
         return
-    if run.record.state not in ENDED_RUNS:
+    if run.record.state not in ENDED_RUNS and (failure is None or run.record.state == "running"):
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
-    if minutes:
-        _keep(rental, minutes, say)
-    if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
-        say(f"{rental.name} is kept: {', '.join(others)} is there too.")
-        return
     try:
+        if minutes and _is_kept(rental, minutes, say, waits=waits):
+            return
+        if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
+            say(f"{rental.name} is kept: {', '.join(others)} is there too.")
+            return
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
-        raise MayCost(error.message, error.hint) from None
+        rental.reload()
+        raise returning.goes_on(rental, error) from None
     for line in returning.receipt(rental):
         say(line)
 
 
-def _keep(rental: Rental, minutes: float, say: Say) -> None:
-    """Wait before a machine is given back, so that somebody can look; the deadline holds if this process dies."""
-    until = clock.timestamp() + minutes * 60
-    with rental.locked():
-        rental.save(deadline=min(until, rental.record.deadline or until))
-    say(f"{rental.name} is kept until {guarding.moment(rental.record.deadline)}: gpu ssh {rental.name}")
-    while (left := (rental.record.deadline or until) - clock.timestamp()) > 0:
-        clock.sleep(min(left, 5.0))
+def left(run: Run) -> str:
+    """What the run's machine goes on costing, and how that is ended; empty when it costs nothing."""
+    rental = rentals.find(run.record.machine)
+    if rental is None or not rental.may_cost:
+        return ""
+    price, until = rental.price_usd_per_hour or 0.0, guarding.moment(rental.record.deadline)
+    words = (
+        f"{rental.name} GOES ON COSTING {price:.2f} USD/h; {f'its deadline is {until}' if until else 'it has no end'}."
+    )
+    if run.record.state not in ENDED_RUNS:
+        words += f" Carry on there: gpu resume {run.run_id}."
+        words += " It is given back once the run has ended and was looked at." if run.record.terminate else ""
+    return f"{words} Give it back: gpu terminate {rental.name}"
+
+
+def _is_kept(rental: Rental, minutes: float, say: Say, *, waits: bool) -> bool:
+    """Whether a machine is still left alone after a failure, so that somebody can look; `waits`: until that is over.
+
+    It is over before its time at the hard deadline, and when a run is taken up there again.
+    """
+    if rental.record.kept_until is None:
+        with rental.locked():
+            rental.save(kept_until=clock.timestamp() + minutes * 60)
+        ends_at = min(rental.record.kept_until or 0.0, rental.record.deadline or math.inf)
+        say(f"{rental.name} is kept until {guarding.moment(ends_at)}: gpu ssh {rental.name}")
+    until = rental.record.kept_until or 0.0
+    while rental.record.kept_until == until and clock.timestamp() < until and not guarding.is_past(rental):
+        if not waits:
+            return True
+        clock.sleep(min(until - clock.timestamp(), _LOOK_S))
+        rental.reload()
+    return rental.record.kept_until != until
+
+
+def _take_up(name: str) -> None:
+    """Keep a machine for its failed run no longer: a run goes on there."""
+    rental = rentals.find(name)
+    if rental is not None and rental.record.kept_until is not None:
+        with rental.locked():
+            rental.save(kept_until=None)
+
+
+def end_in_turn(run: Run, say: Say) -> None:
+    """What `after` does, without waiting: for cron. Nothing for a machine that has only the name of the run's."""
+    rental, finished_at = rentals.find(run.record.machine), run.record.finished_at
+    if rental is None or finished_at is None or locks.is_held(rental.folder / "rental.lock"):
+        return
+    if clock.parse(rental.record.made_at) <= clock.parse(finished_at):
+        after(run, say, waits=False)

@@ -1,15 +1,14 @@
-"""Rented machines that vanish: gone by their provider's own word, twice, or unhealthy for too long, and ended."""
+"""Rented machines that vanish: gone by their provider's word, twice, outbid, or unhealthy for too long, and ended."""
 
 from __future__ import annotations
 
 from orchestrator import clock, market, rentals, returning
 from orchestrator.errors import GpuError
+from orchestrator.providers.base import Provider
 from orchestrator.rentals import ENDED, Rental
 
 _TWICE_S = 5.0
 _UNHEALTHY_S = 300.0
-_UNHEALTHY_SINCE: dict[str, float] = {}
-"""Markers of machines that did not answer and were called unhealthy, with when that was first seen by this process."""
 
 
 def is_gone(name: str) -> bool:
@@ -38,7 +37,11 @@ def _is_gone(rental: Rental) -> bool:
             returning.end(rental, provider, lambda _: None)
             rental.save(state="lost", failure="its provider called it unhealthy, and it did not answer")
             return True
+        if found is not None and found.state == "stopped":
+            return _is_lost_by_stop(rental, provider)
         if found is not None and found.state != "gone":
+            if found.state == "ready" and rental.record.unhealthy_at is not None:
+                rental.save(unhealthy_at=None)
             return False
         clock.sleep(_TWICE_S)
     rental.is_gone("lost", "its provider says that it is no more")
@@ -46,6 +49,21 @@ def _is_gone(rental: Rental) -> bool:
     return True
 
 
+def _is_lost_by_stop(rental: Rental, provider: Provider) -> bool:
+    """Whether a machine that its provider calls stopped is lost: a spot machine was outbid, and would wake by itself.
+
+    Any other one was stopped by its guard, with rows that are not home; it can be started again.
+    """
+    if not rental.offer().spot:
+        rental.save(state="stopped", raw_state="stopped")
+        return False
+    returning.end(rental, provider, lambda _: None)
+    rental.save(state="lost", failure="somebody bid more, and it was stopped; it was given back")
+    return True
+
+
 def _for_long(rental: Rental) -> bool:
-    since = _UNHEALTHY_SINCE.setdefault(rental.record.marker, clock.monotonic())
-    return clock.monotonic() - since > _UNHEALTHY_S
+    """Whether it was first seen so long ago; that stands in the record, for cron is another process each time."""
+    if rental.record.unhealthy_at is None:
+        rental.save(unhealthy_at=clock.timestamp())
+    return clock.timestamp() - (rental.record.unhealthy_at or 0.0) > _UNHEALTHY_S

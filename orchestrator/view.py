@@ -19,7 +19,7 @@ from orchestrator.plain import plain
 REFRESH_PER_SECOND = 2
 _LINE_EVERY_S = 10.0
 _SAID: set[str] = set()
-"""Files that were said to stay on their machine: every pull names them again."""
+"""Files that were said to stay on their machine, and troubles of mirrors: every pull names them again."""
 
 
 class Tally:
@@ -101,8 +101,8 @@ class View(Protocol):
         ...
 
 
-def spoken(frame: dict[str, Any]) -> str:
-    """What a frame tells a person beside its data: a step under way, or a machine that went silent or came back."""
+def spoken(frame: dict[str, Any], data: bytes = b"") -> str:
+    """What a frame tells a person beside its data: a step under way, a silent machine, a mirror in trouble."""
     if "say" in frame:
         return plain(str(frame["say"]))
     if "unreachable" in frame:
@@ -112,7 +112,22 @@ def spoken(frame: dict[str, Any]) -> str:
     if "skipped" in frame and frame["skipped"] not in _SAID:
         _SAID.add(frame["skipped"])
         return plain(f"Left on the machine: {frame['skipped']}: {frame.get('why', '')}")
+    if str(frame.get("whole", "")).endswith("/status.json"):
+        return _of_mirror(data)
     return ""
+
+
+def _of_mirror(status: bytes) -> str:
+    """That the mirror takes no copies, and why, said once for each reason; a damaged status is no news."""
+    try:
+        mirror = json.loads(status).get("mirror") or {}
+        why, target = str(mirror.get("failed") or ""), str(mirror.get("target"))
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    if not why or why in _SAID:
+        return ""
+    _SAID.add(why)
+    return plain(f"THE MIRROR {target} TAKES NO COPIES: {why}. Rows come home as before; it is tried again.")
 
 
 @contextlib.contextmanager
@@ -141,7 +156,7 @@ class Listening:
 
     def __call__(self, frame: dict[str, Any], data: bytes) -> None:
         """See View."""
-        if words := spoken(frame):
+        if words := spoken(frame, data):
             print(words, file=sys.stderr, flush=True)  # noqa: T201
         if str(frame.get("file", "")).endswith("/log.txt"):
             self._echo(self._decoder.decode(data))
@@ -157,7 +172,7 @@ class _Lines:
 
     def __call__(self, frame: dict[str, Any], data: bytes) -> None:
         """See View."""
-        if words := spoken(frame):
+        if words := spoken(frame, data):
             print(words, file=sys.stderr, flush=True)  # noqa: T201
         if not self._tally.take(frame, data):
             return
@@ -187,7 +202,7 @@ def _live(tally: Tally) -> Iterator[View]:
 
         def view(frame: dict[str, Any], data: bytes) -> None:
             nonlocal drawn_at, phase
-            if words := spoken(frame):
+            if words := spoken(frame, data):
                 bar.write(words, file=sys.stderr)
             is_due = clock.monotonic() - drawn_at >= 1 / REFRESH_PER_SECOND
             if tally.take(frame, data) and (is_due or tally.phase != phase):

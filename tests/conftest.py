@@ -29,6 +29,10 @@ proxies = pytest.fixture(rig.proxies)
 wires = pytest.fixture(rig.wires)
 cloud = pytest.fixture(clouds.cloud)
 light_cloud = pytest.fixture(clouds.light_cloud)
+vast_cloud = pytest.fixture(clouds.vast_cloud)
+light_vast = pytest.fixture(clouds.light_vast)
+both_clouds = pytest.fixture(clouds.both_clouds)
+light_both = pytest.fixture(clouds.light_both)
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 """Real benchmark files, where a developer has them beside the project."""

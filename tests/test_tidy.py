@@ -23,6 +23,7 @@ BROAD_EXCEPTS = {
     "worker/hub_store.py": "the Hub's client, which raises a dozen kinds",
     "worker/reranker.py": "the user's re-ranker",
     "worker/prompts.py": "a model's chat template",
+    "worker/watchdog.py": "a provider's answers and a failing machine: nothing of them may end the last guard there is",
     "worker/sources.py": "the Hub's clients, which raise a dozen kinds",
 }
 """Files that may catch everything, each once, with the border they stand at."""

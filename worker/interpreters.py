@@ -39,7 +39,7 @@ _DEFAULT_CUDA = (13, 0)
 """The CUDA version of the torch 2.13 that a package index gives by default, and of vLLM 0.32."""
 _DEFAULT_CAPABILITY = (7, 5)  # CUDA 13 dropped Maxwell, Pascal and Volta
 _OLDEST_CUDA = (12, 0)  # a driver of 12.0 runs every build of CUDA 12 (minor version compatibility)
-_OWN_PYTHON = "Name a Python there that has what is needed: gpu add NAME --python PATH"
+_OWN_PYTHON = "Name a Python there that has what is needed, by --python PATH of gpu add, or of gpu launch."
 
 
 class Refused(Exception):

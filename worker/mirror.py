@@ -56,9 +56,14 @@ class FolderStore:
     pause_s = 2.0
 
     def __init__(self, folder: Path, base: str) -> None:
-        """`base` is the run's and its machine's folder below that one; Unusable when that is not there, or mounted."""
-        if not folder.is_dir():
-            raise Unusable(f"the folder {folder} is not there")
+        """`base` is the run's and its machine's folder below that one, which is made; Unusable when it cannot be.
+
+        Only that one folder is made: a path of which more is missing is misspelt, or its disk is not mounted.
+        """
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Unusable(f"the folder {folder} is not there, and cannot be made: {error.strerror}") from None
         self._folder = folder / base
         self._sizes: dict[str, int] = {}
 

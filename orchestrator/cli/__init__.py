@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from typing import NoReturn
@@ -42,6 +43,9 @@ _COMMANDS = {
 """Each command with the module of this package it lives in, and its line in the help."""
 _VARIABLES = {"sync": "sync_", "exec": "exec_", "setup-ssh": "setup_ssh"}
 """Commands that Python cannot have a variable of the same name for, or that a module has another one for."""
+
+
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class _Lazy(click.Group):
@@ -100,11 +104,13 @@ def main() -> NoReturn:
         _say(error.message, error.hint)
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("Interrupted.", "")
+        _say("Interrupted.", _unfinished())
         code = errors.INTERRUPTED
     except BrokenPipeError:  # `gpu runs | head`: the reader has seen enough
         code = errors.DONE
         _forget_stdout()
+    except OSError as error:
+        code = _say_disk(error)
     except Exception as error:  # noqa: BLE001 -- the outermost frame: a bug of ours becomes words, not a traceback
         _say(f"A bug in gpu: {type(error).__name__}: {error}. Runs on machines are not affected.", _bug_hint(error))
         code = errors.BUG
@@ -119,6 +125,32 @@ def _say(message: str, hint: str) -> None:
     print(plain(f"Error: {message}" if message != "Interrupted." else message), file=sys.stderr)  # noqa: T201
     if hint:
         print(plain(hint), file=sys.stderr)  # noqa: T201
+
+
+def _say_disk(error: OSError) -> int:
+    """Say what this computer's disk does not take, or that there is a bug of ours; returns the exit code."""
+    from jobs import durable
+
+    if durable.is_full(error):
+        _say("This computer's disk is full. What was counted as home is home.", "Free some space, then again.")
+        return errors.HomeDiskFull.exit_code
+    if error.filename and error.errno in _CLOSED:
+        _say(f"{error.filename}: {error.strerror}.", "Have it writable, or set GPU_HOME to a folder that is.")
+        return errors.ConfigError.exit_code
+    _say(f"A bug in gpu: {type(error).__name__}: {error}. Runs on machines are not affected.", _bug_hint(error))
+    return errors.BUG
+
+
+def _unfinished() -> str:
+    """What Ctrl-C leaves half rented or half given back, which goes on costing money; empty when there is nothing."""
+    import contextlib
+
+    with contextlib.suppress(errors.GpuError, OSError, KeyboardInterrupt):
+        from orchestrator import rentals, renting
+
+        known = [rental for rental in rentals.known() if rental.record.state in ("launching", "stopping")]
+        return "".join(renting.left(rental) for rental in known).strip()
+    return ""
 
 
 def _bug_hint(error: BaseException) -> str:

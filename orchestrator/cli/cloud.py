@@ -12,6 +12,7 @@ from orchestrator import (
     errors,
     guarding,
     inventory,
+    keys,
     machines,
     market,
     offers,
@@ -21,6 +22,7 @@ from orchestrator import (
     returning,
 )
 from orchestrator.cli import completion, output, wishes
+from orchestrator.plain import plain
 from orchestrator.rentals import Rental
 
 
@@ -44,7 +46,7 @@ def launch(name: str | None, **how: Any) -> None:
     enforced(say)
     asked = renting.wish(how)
     account, offer = renting.plan(asked)
-    for line in renting.in_words(asked, offer):
+    for line in renting.in_words(asked, account, offer):
         say(line)
     if how["dry_run"]:
         if how["as_json"]:
@@ -77,6 +79,9 @@ def choose_guard(how: str | None) -> None:
     if files:
         words = "Add the line of the first to your crontab (crontab -e), or the second to a repository of yours."
         click.echo(words, err=True)
+        for name in [name for name in providers.names() if not keys.is_kept(name)]:
+            words = f"cron does not see {keys.VARIABLES[name]}: give the key to gpu doctor, or nothing is ended by it."
+            click.echo(words, err=True)
 
 
 def agree(question: str, yes: bool) -> None:
@@ -131,7 +136,7 @@ def enforced(say: Any, *spared: str | None) -> None:
     `spared`: machines that are about to be used; they may be idle.
     """
     for error in enforcing.enforce(say, *spared):
-        click.echo(f"{error.message}\n{error.hint}", err=True)
+        click.echo(plain(f"{error.message}\n{error.hint}"), err=True)
 
 
 @click.command()
@@ -165,7 +170,16 @@ def terminate(name: str | None, everything: bool, discard: bool, **how: Any) -> 
             click.echo("\n".join(returning.receipt(rental)))
     _say_storage({rental.record.provider for rental in found})
     if failures:
-        raise max(failures, key=lambda error: error.exit_code)
+        raise _worst(failures)
+
+
+def _worst(failures: list[errors.GpuError]) -> errors.GpuError:
+    """The worst of several errors; the others are said here."""
+    worst = max(failures, key=lambda error: error.exit_code)
+    for failure in failures:
+        if failure is not worst:
+            click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
+    return worst
 
 
 def _chosen(name: str | None) -> Rental:
@@ -178,14 +192,13 @@ def _chosen(name: str | None) -> Rental:
 
 
 def _give_back(rental: Rental, say: Any, *, discard: bool) -> errors.GpuError | None:
-    """Give one of several back; what went wrong with it is said, so that the others are given back too."""
+    """Give one of several back; returns what went wrong with it, so that the others are given back too."""
     try:
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say, discard=discard)
-    except errors.GpuError as error:
-        click.echo(f"{error.message}\n{error.hint}", err=True)
+    except (errors.GpuError, OSError) as error:
         rental.reload()
-        return errors.NotReturned(error.message, error.hint) if rental.may_cost else error
+        return returning.goes_on(rental, error)
     return None
 
 

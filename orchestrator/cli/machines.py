@@ -84,7 +84,7 @@ def status(name: str | None, refresh: bool, as_json: bool) -> None:
     if not documents:
         click.echo("No machines but this computer. Add one: gpu add NAME USER@HOST, or rent one: gpu launch")
         return
-    titles = ["MACHINE", "STATE", "ADDRESS", "GPU", "ANSWERS", "LAST SEEN", "RUNS"]
+    titles = ["MACHINE", "STATE", "ADDRESS", "GPU", "USD/H", "USD", "ANSWERS", "LAST SEEN", "RUNS"]
     output.columns(titles, [inventory.line(entry) for entry in documents])
     for words in inventory.warnings():
         click.echo(words, err=True)

@@ -69,11 +69,17 @@ def audit(fix: bool, past_cap: bool, **how: Any) -> None:
             failures += audits.fix(account, mine, say)
             mine = audits.look(account, past_cap_only=past_cap)
         found.add(mine)
+    _say(failures)
     _show(found, how["as_json"])
-    for failure in failures:
-        click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
     if found or failures:
         raise click.exceptions.Exit(errors.MayCost.exit_code)
+    if fix and past_cap:
+        guarding.note_reaped()
+
+
+def _say(failures: list[errors.GpuError]) -> None:
+    for failure in failures:
+        click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
 
 
 def _show(found: audits.Findings, as_json: bool) -> None:
@@ -124,8 +130,7 @@ def advance(everything: bool, quiet: bool) -> None:
     Example:  gpu advance --all
     """
     failures = enforcing.step(output.progress(quiet)) if everything else []
-    for failure in failures:
-        click.echo(plain(f"{failure.message}\n{failure.hint}"), err=True)
+    _say(failures)
     if failures:
         raise click.exceptions.Exit(max(failure.exit_code for failure in failures))
 

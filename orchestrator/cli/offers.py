@@ -22,7 +22,10 @@ def offers(as_json: bool, **how: Any) -> None:
     Example:  gpu offers --gpu A100 --max-price 2
     """
     asked = market.need(how)
-    listed = market.listed(market.accounts(how["provider"]), asked)
+    clouds = market.accounts(how["provider"])
+    for words in market.overridden(clouds, asked):
+        click.echo(words, err=True)
+    listed = market.listed(clouds, asked)
     try:
         found = wanted.suitable(listed, asked, had_or_not=True)
     except errors.NoCapacity:
@@ -32,7 +35,7 @@ def offers(as_json: bool, **how: Any) -> None:
     if as_json:
         output.document([wanted.document(offer) for offer in found])
         return
-    titles = ["PROVIDER", "TYPE", "GPU", "VRAM", "REGION", "USD/H", "AVAILABLE"]
+    titles = ["PROVIDER", "OFFER", "TYPE", "GPU", "VRAM", "REGION", "USD/H", "SPOT", "AVAILABLE"]
     output.columns(titles, [_line(offer) for offer in found])
 
 
@@ -42,10 +45,12 @@ def _line(offer: Offer) -> list[str]:
     available = "yes" if offer.available else "no"
     return [
         offer.provider,
+        offer.offer_id,
         offer.type_name,
         gpu,
         vram,
         offer.region or "-",
         f"{offer.price_usd_per_hour:.2f}",
+        "yes" if offer.spot else "no",
         available,
     ]

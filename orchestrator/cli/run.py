@@ -118,9 +118,10 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     _say_findings(looked, say, how)
     wish = how.get("wish") or renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
-    _, offer = renting.plan(fleet.part_of(wish, many))
+    part = fleet.part_of(wish, many)
+    account, offer = renting.plan(part)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
-    lines = renting.in_words(fleet.part_of(wish, many), offer)
+    lines = renting.in_words(part, account, offer)
     for line in [*lines, *sharing.in_words(wish, many, offer.price_usd_per_hour)]:
         say(line)
     if how["dry_run"]:
@@ -263,9 +264,10 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
     finally:
         _show_outcome(run, how)
     tenancy.tell_end(run)
-    if not how["detach"]:
+    if failure or not how["detach"]:
         with _leaving(run):
-            _after(run, say)
+            _after(run, say, failure)
+    _say_left(run)
     if failure:
         raise failure
     for left in sharing.left(run) if run.record.machines else journey.gather(run) if run.record.former else ():
@@ -274,11 +276,25 @@ def _carry(run: Run, how: dict[str, bool]) -> None:
         advance.raise_if_not_done(run)
 
 
-def _after(run: Run, say: Callable[[str], None]) -> None:
-    """Give back what was rented for a run, if that was asked for."""
+def _after(run: Run, say: Callable[[str], None], failure: errors.GpuError | None) -> None:
+    """Give back what was rented for it, where that was asked for; should that fail, what came before is said, too."""
     from orchestrator import fleet
 
-    (fleet.after if run.record.machines else tenancy.after)(run, say)
+    try:
+        if run.record.machines:
+            fleet.after(run, say)
+        else:
+            tenancy.after(run, say, failure)
+    except errors.GpuError:
+        if failure:
+            click.echo(plain(f"Error: {failure.message}\n{failure.hint}"), err=True)
+        raise
+
+
+def _say_left(run: Run) -> None:
+    """Say what goes on costing money, however quiet the command is to be."""
+    if words := tenancy.left(run):
+        click.echo(words, err=True)
 
 
 def _crew(run: Run, how: dict[str, Any]) -> None:
@@ -353,6 +369,7 @@ def _leaving(run: Run) -> Iterator[None]:
             f"Carry on:  gpu resume {run.run_id}\nStop it:   gpu stop {run.run_id}",
             err=True,
         )
+        _say_left(run)
         raise click.exceptions.Exit(errors.INTERRUPTED) from None
 
 

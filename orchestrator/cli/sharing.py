@@ -9,7 +9,7 @@ import click
 
 from jobs import spec
 from orchestrator import errors, fleet, machines, planning, renting, runs, shares, sharing, tenancy
-from orchestrator.cli import output
+from orchestrator.cli import output, wishes
 from orchestrator.runs import Run
 
 _NOTHING = "Nothing was started."
@@ -37,7 +37,18 @@ def places(how: dict[str, Any]) -> list[str]:
         )
     if boxes and is_rented(how):
         raise errors.UsageError("Say either --on NAME or what to rent, not both. Nothing was rented.")
+    _refuse_idle_wishes(how)
     return boxes
+
+
+def _refuse_idle_wishes(how: dict[str, Any]) -> None:
+    """Raise UsageError for a cap, or a wish about a machine, that would not be kept, and be believed to hold."""
+    typed = [] if is_rented(how) else wishes.typed(click.get_current_context())
+    if typed:
+        raise errors.UsageError(
+            f"{typed[0]} is for a machine that is rented for the run, and none is asked for. Nothing was started.",
+            "Say what to rent: --gpu NAME. One that was launched keeps the caps of its launch.",
+        )
 
 
 def is_rented(how: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-_PROVIDERS = ("lambda",)
+from orchestrator import providers
 
 
 class Limit(click.ParamType[float | None]):
@@ -35,16 +35,33 @@ def _positive(_ctx: click.Context, _param: click.Parameter, value: float | None)
     return value
 
 
+def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    for name, separator, text in pairs:
+        if not separator or not name:
+            raise click.BadParameter(f"{name + separator + text!r} is not of the form NAME=VALUE")
+    return {name: text for name, _, text in pairs}
+
+
 _NEED = [
     click.option("--gpu", metavar="NAME", help="Which GPU, such as A100, H100 SXM or `A100 80GB`."),
     click.option("--type", "type_name", metavar="TYPE", help="The provider's name of a kind of machine."),
     click.option("--count", type=click.IntRange(min=0), help="How many GPUs it has; to rent, 1 unless said."),
     click.option("--min-vram", type=float, callback=_positive, metavar="GB", help="Memory of each GPU, at least."),
     click.option("--max-price", type=float, callback=_positive, metavar="USD", help="USD per hour, of all of it."),
-    click.option("--provider", type=click.Choice(_PROVIDERS), help="Which cloud; else all you have a key for."),
+    click.option("--provider", type=click.Choice(providers.names()), help="Which cloud; else all you have a key for."),
     click.option("--region", help="Where, as the provider calls it."),
     click.option("--disk", type=float, callback=_positive, metavar="GB", help="Disk, at least."),
     click.option("--spot", is_flag=True, help="One that may be taken away for a higher bid."),
+    click.option("--bid", type=float, callback=_positive, metavar="USD", help="With --spot: what is bid per hour."),
+    click.option(
+        "--filter",
+        "filters",
+        metavar="NAME=VALUE",
+        multiple=True,
+        callback=_pairs,
+        help="What a cloud is asked for besides, such as reliability=0.9; overrides a default that protects.",
+    ),
 ]
 _CAPS = [
     click.option(
@@ -74,3 +91,11 @@ def caps(command: Command) -> Command:
     for option in reversed(_CAPS):
         command = option(command)
     return command
+
+
+def typed(context: click.Context) -> list[str]:
+    """Those of these options that were typed, as they are typed."""
+    names = ["count", "min_vram", "max_price", "provider", "region", "disk", "spot", "bid"]
+    names += ["budget", "max_hours", "idle_minutes", "wait_capacity", "python"]
+    source = click.core.ParameterSource.COMMANDLINE
+    return [f"--{name.replace('_', '-')}" for name in names if context.get_parameter_source(name) is source]

@@ -25,17 +25,28 @@ class Cloud:
     title: str
     key_page: str
     """Where account keys are made."""
-    make: Callable[[str], Provider]
-    """With an account's key; imports what it needs only then."""
+    dashboard: str
+    """Where a person looks at what is rented, whatever becomes of a key."""
+    kind: Callable[[], Callable[[str], Provider]]
+    """What makes an account of a key; imports what it needs only then."""
 
 
-def _lambda(key: str) -> Provider:
+def _lambda() -> Callable[[str], Provider]:
     from orchestrator.providers.lambda_cloud import LambdaCloud
 
-    return LambdaCloud(key)
+    return LambdaCloud
 
 
-PROVIDERS: dict[str, Cloud] = {"lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", _lambda)}
+def _vast() -> Callable[[str], Provider]:
+    from orchestrator.providers.vast import VastCloud
+
+    return VastCloud
+
+
+PROVIDERS: dict[str, Cloud] = {
+    "lambda": Cloud("Lambda Cloud", "https://cloud.lambda.ai/api-keys", "https://cloud.lambda.ai/instances", _lambda),
+    "vast": Cloud("Vast.ai", "https://cloud.vast.ai/manage-keys/", "https://cloud.vast.ai/instances/", _vast),
+}
 
 
 def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.open
@@ -52,7 +63,7 @@ def open(name: str) -> Provider:  # noqa: A001 -- always called as providers.ope
             f"Make one at {cloud.key_page} and give it to: gpu doctor. Or set {keys.VARIABLES[name]}.",
         )
     _warn_of_readers(key)
-    return cloud.make(key.value)
+    return cloud.kind()(key.value)
 
 
 def names() -> list[str]:

@@ -65,6 +65,8 @@ class Offer:
     reliability: float | None = None
     machine_id: str | None = None
     architecture: str = "x86_64"
+    stopped_usd_per_hour: float | None = None
+    """What it costs while it is stopped: its disk. None: it cannot be stopped, or nobody says."""
 
     def place(self) -> str:
         """Where it stands, as far as that is known: what is no good there is not looked for there again."""
@@ -84,7 +86,9 @@ class Order:
     tags: dict[str, str] = field(default_factory=dict)
     """For a cloud that has tags."""
     disk_gb: float | None = None
-    """For a cloud where it is chosen; None: what that cloud's offers were priced with."""
+    """For a cloud where it is chosen; None: what the offer was priced with."""
+    image: str | None = None
+    """What a container is made from, for a cloud whose machines are containers; None: its usual one."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Instance:
     spot: bool | None = None
     """Whether it may be taken away for a higher bid; None: not said."""
     machine_id: str | None = None
+    stopped_usd_per_hour: float | None = None
+    """What it costs while it is stopped; None: not said."""
 
     @property
     def host(self) -> str | None:
@@ -201,11 +207,22 @@ class Provider(Protocol):
     """The guard that every machine of this cloud has; None: the one its user chose."""
     takes_host_key: ClassVar[bool]
     """Whether a machine is given the host key that was made for it; else `host_key` tells which it made itself."""
+    filters: ClassVar[tuple[str, ...]]
+    """What `Need.filters` may name here."""
     can_stop: ClassVar[bool]
     """Whether a machine can be stopped, so that only its disk is billed, and started again."""
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        ...
+
     def offers(self, need: Need) -> list[Offer]:
         """Every machine of the cloud that may fit, had or not; each is checked against the need by the caller."""
+        ...
+
+    def overridden(self, need: Need) -> list[str]:
+        """The defaults that protect and that a need does not keep, in words. UsageError for a filter without sense."""
         ...
 
     def ensure_key(self, public_key: str, name: str) -> str:

@@ -37,7 +37,8 @@ _LINE_MIN = 12
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PRIVATE = re.compile(
     r"""(?ix) ( \b(?:bearer|basic)\s+ (?=[^\s"'<>,;]{16}) |
-    (?:authorization|token|api_?key|jupyter_url|private_key|password)["']?\s*[:=]\s*["']?(?:(?:bearer|basic)\s+)? )
+    (?:authorization|token|api_?key|jupyter_url|private_key|password|image_login|result_url)
+    ["']?\s*[:=]\s*["']?(?:(?:bearer|basic)\s+)? )
     [^\s"'<>,;&]+"""
 )
 Outcome = Literal["ok", "not_sent", "limited", "refused", "moved", "unclear"]
@@ -56,6 +57,8 @@ class Complaint:
     message: str
     unclear: bool = False
     """It does not say whether the thing was done: an inner error, an answer without what was asked for."""
+    limited: bool = False
+    """It was asked too often, and nothing was done, whatever the status says."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class Call:
     """Its own pace, beside that of all calls."""
     final_codes: tuple[str, ...] = ()
     """Codes after which it is not asked again, whatever the status says."""
+    final_statuses: tuple[int, ...] = ()
+    """The same for statuses."""
+    needs: str = ""
+    """What a document must have that says all is well; one without it says nothing."""
     private: str = field(default="", repr=False)
     """Text that is sent and whose lines are not to be shown when they come back."""
 
@@ -112,6 +119,8 @@ class Client:
         self._api = api
         self._account = pace.account(api.provider, api.key)
         self._host = _checked(api)
+        self.skew_s: float | None = None
+        """By how much the provider's clock was ahead of this computer's at its last answer; None: it never said."""
 
     def __repr__(self) -> str:
         return f"Client({self._api.provider}, {self._host})"
@@ -127,6 +136,8 @@ class Client:
         if isinstance(answer, exchange.Failure):
             words = f"{self._host}: {answer.words}"
             return Reply("unclear" if answer.sent else "not_sent", words)
+        if (told := _moment(answer.headers.get("Date"))) is not None:
+            self.skew_s = told - clock.timestamp()
         return self._judged(answer, call)
 
     def repeat(self, call: Call) -> Reply:
@@ -152,7 +163,8 @@ class Client:
 
         def again(reply: Reply) -> bool:
             late = (reply.retry_after_s or 0) > _RETRY_AFTER_MAX_S or clock.monotonic() > deadline
-            return reply.outcome in outcomes and reply.code not in call.final_codes and not late
+            final = reply.code in call.final_codes or reply.status in call.final_statuses
+            return reply.outcome in outcomes and not final and not late
 
         retrying = tenacity.Retrying(
             sleep=clock.sleep,
@@ -176,7 +188,7 @@ class Client:
 
     def _judged(self, answer: exchange.Answer, call: Call) -> Reply:
         document, form = _parsed(answer.body)
-        complaint = None if form else self._api.complaint(answer.status, document)
+        complaint = None if form else self._api.complaint(answer.status, document) or _lack(answer, document, call)
         words = f"HTTP {answer.status}"
         if form:
             words += f", {form}"
@@ -189,9 +201,16 @@ class Client:
         return Reply(outcome, words, answer.status, code, document, wait_s)
 
 
+def _lack(answer: exchange.Answer, document: Any, call: Call) -> Complaint | None:
+    """The complaint of ours about a good answer that has not what was asked for; None when there is none."""
+    if answer.status >= 300 or not call.needs or (isinstance(document, dict) and call.needs in document):
+        return None
+    return Complaint("", f"an answer without {call.needs}", unclear=True)
+
+
 def _outcome(status: int, is_formless: bool, complaint: Complaint | None) -> Outcome:
     """What an answer means; by the status alone where bodies are known to come in any form."""
-    if status == 429:
+    if status == 429 or (complaint is not None and complaint.limited):
         return "limited"
     if status == 401:
         return "refused"
@@ -237,8 +256,14 @@ def _retry_after_s(text: str | None) -> float | None:
         return None
     if re.fullmatch(r"[0-9]{1,9}", text.strip()):
         return float(text)
+    told = _moment(text)
+    return None if told is None else max(told - clock.timestamp(), 0.0)
+
+
+def _moment(text: str | None) -> float | None:
+    """Seconds since 1970 of an HTTP date; None when it is none."""
     try:
-        return max(email.utils.parsedate_to_datetime(text).timestamp() - clock.timestamp(), 0.0)
+        return email.utils.parsedate_to_datetime(text or "").timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
 

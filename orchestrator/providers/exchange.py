@@ -23,7 +23,8 @@ class Request:
 
     method: str
     url: str
-    key: str = field(repr=False)
+    key: str | None = field(repr=False)
+    """None: it is sent as nobody's."""
     headers: dict[str, str] = field(repr=False)
     query: dict[str, str] = field(default_factory=dict)
     body: bytes | None = field(default=None, repr=False)
@@ -31,6 +32,8 @@ class Request:
     """How long the answer may take to begin, and again how long it may pause; it may last twice that."""
     direct: bool = False
     """Past any proxy: for this computer."""
+    body_max_bytes: int | None = None
+    """Of the answer; None: as much as a document may have."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def exchange(request: Request) -> Answer | Failure:
 
 def _exchange(request: Request) -> Answer:
     def sign(prepared: requests.PreparedRequest) -> requests.PreparedRequest:
-        prepared.headers["Authorization"] = f"Bearer {request.key}"  # as auth: a .netrc would replace a mere header
+        if request.key is not None:
+            prepared.headers["Authorization"] = f"Bearer {request.key}"
         return prepared
 
     deadline = clock.monotonic() + 2 * request.read_s
@@ -84,20 +88,22 @@ def _exchange(request: Request) -> Answer:
             params=request.query,
             data=request.body,
             headers=request.headers,
-            auth=sign,
+            auth=sign,  # always: without one a .netrc would add its own, or replace a mere header
             timeout=(CONNECT_S, request.read_s),
             allow_redirects=False,
             stream=True,
         ) as answer:
-            return Answer(answer.status_code, answer.headers, _body(answer, deadline))
+            return Answer(
+                answer.status_code, answer.headers, _body(answer, deadline, request.body_max_bytes or _BODY_MAX_BYTES)
+            )
 
 
-def _body(answer: requests.Response, deadline: float) -> bytes | None:
+def _body(answer: requests.Response, deadline: float, max_bytes: int) -> bytes | None:
     """The whole body, read as it comes: waiting for full pieces, a slow one could last for hours."""
     pieces, size = [], 0
     while piece := answer.raw.read1(_CHUNK_BYTES, decode_content=True):
         size += len(piece)
-        if size > _BODY_MAX_BYTES or clock.monotonic() > deadline:
+        if size > max_bytes or clock.monotonic() > deadline:
             return None
         pieces.append(piece)
     return b"".join(pieces)

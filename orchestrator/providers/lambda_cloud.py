@@ -53,6 +53,7 @@ class LambdaCloud:
     guard: ClassVar[str | None] = None
     takes_host_key: ClassVar[bool] = True
     can_stop: ClassVar[bool] = False
+    filters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, key: str) -> None:
         self.api_url = (os.environ.get("GPU_LAMBDA_URL") or _URL).rstrip("/") + "/api/v1"
@@ -60,12 +61,21 @@ class LambdaCloud:
         self._client = Client(Api("lambda", TITLE, self.api_url, key, lambda_answers.complaint, _EVERY_S))
         self._port = _ssh_port()
 
+    @property
+    def skew_s(self) -> float | None:
+        """By how much its clock was ahead of this computer's at its last answer, in seconds; None: it never said."""
+        return self._client.skew_s
+
     def offers(self, need: Need) -> list[Offer]:  # noqa: ARG002 -- there is nothing to ask for but all of them
         """Every type in every region that has it; one that none has is there, too, not available."""
         data = self._read("/instance-types", "list its machines").document["data"]
         if not isinstance(data, dict):
             raise ProviderDown(f"{TITLE} could not list its machines: its answer is no catalogue. {_NOTHING}")
         return lambda_answers.offers(data)
+
+    def overridden(self, need: Need) -> list[str]:  # noqa: ARG002 -- there is nothing to override
+        """Nothing: all its machines are its own."""
+        return []
 
     def ensure_key(self, public_key: str, name: str) -> str:
         """Have a public key in the account; returns the name it has there, found by the key itself, not by `name`."""
@@ -182,7 +192,9 @@ class LambdaCloud:
 
     def check_key(self) -> None:
         """One small read that needs the key. Raises AuthRejected when it is not accepted."""
-        self._read("/ssh-keys", "list the account's public keys")
+        reply = self._client.once(Call("GET", "/ssh-keys"))
+        if reply.outcome != "ok":
+            raise self._error(reply, "list the account's public keys")
 
     def storage(self) -> list[str]:
         """File systems, which cost money by what lies in them, whether a machine uses them or not."""

@@ -23,6 +23,8 @@ class Lane:
 
     name: str
     every_s: float
+    calls: int = 1
+    """So many in that time, however close together."""
 
 
 def account(provider: str, key: str) -> str:
@@ -37,7 +39,7 @@ def take_turn(name: str, *lanes: Lane) -> bool:
         try:
             wait_s = _ask(name, lanes)
         except OSError:  # a full disk must not keep a machine from being given back: pace this process alone
-            clock.sleep(max(lane.every_s for lane in lanes))
+            clock.sleep(max(lane.every_s / lane.calls for lane in lanes))
             return True
         if wait_s <= 0:
             return True
@@ -54,21 +56,26 @@ def _ask(name: str, lanes: tuple[Lane, ...]) -> float:
     with locks.held(folder / f"{name}.lock", _LOCK_WAIT_S):
         path, now = folder / f"{name}.json", clock.timestamp()
         before = durable.load_news(path)
-        stamps = {lane.name: _stamp(before.get(lane.name), now) for lane in lanes}
-        wait_s = max(stamps[lane.name] + lane.every_s - now for lane in lanes)
+        stamps = {lane: _stamps(before.get(lane.name), now)[-lane.calls :] for lane in lanes}
+        full = [lane for lane in lanes if len(stamps[lane]) == lane.calls]
+        wait_s = max((stamps[lane][0] + lane.every_s - now for lane in full), default=0.0)
         if wait_s <= 0:
-            stamps = dict.fromkeys(stamps, now)
-        _save(path, before, {lane: stamp for lane, stamp in stamps.items() if math.isfinite(stamp)})
+            stamps = {lane: [*stamps[lane], now][-lane.calls :] for lane in lanes}
+        _save(path, before, {lane.name: _noted(lane, stamps[lane]) for lane in lanes if stamps[lane]})
     return wait_s
 
 
-def _stamp(value: Any, now: float) -> float:
-    """When a lane was used last. One in the future means the clock was set back: it counts as now, and once only."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        return -math.inf
-    return min(value, now)
+def _stamps(value: Any, now: float) -> list[float]:
+    """When a lane was used, oldest first. One in the future means the clock was set back: it counts as now, once."""
+    listed = value if isinstance(value, list) else [value]
+    known = [one for one in listed if isinstance(one, (int, float)) and math.isfinite(one)]
+    return sorted(min(float(one), now) for one in known)
 
 
-def _save(path: Path, before: dict[str, Any], stamps: dict[str, float]) -> None:
+def _noted(lane: Lane, stamps: list[float]) -> Any:
+    return stamps[-1] if lane.calls == 1 else stamps
+
+
+def _save(path: Path, before: dict[str, Any], stamps: dict[str, Any]) -> None:
     if before | stamps != before:
         durable.save_json(path, before | stamps, synced=False)

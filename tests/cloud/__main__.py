@@ -1,4 +1,4 @@
-"""The stand-in as a program, to be tried by hand: `python -m tests.cloud [--light] [--port N]` until Ctrl-C."""
+"""The stand-ins as a program, to be tried by hand: `python -m tests.cloud [--light] [--port N]` until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.cloud import catalogue
-from tests.cloud.lambda_cloud import LambdaCloud
-from tests.cloud.machines import SshMachines
-from tests.cloud.server import Server, as_text
+from tests.cloud import Containers, LambdaCloud, Server, SshMachines, VastCloud, announce, catalogue
+from tests.cloud.server import as_text
 
 
 def main() -> None:
@@ -20,9 +18,9 @@ def main() -> None:
     words = argparse.ArgumentParser(prog="python -m tests.cloud", description=__doc__)
     words.add_argument("--light", action="store_true", help="no machines behind the instances")
     words.add_argument("--port", type=int, default=0)
-    words.add_argument("--recorded", action="store_true", help="the recorded catalogue, where there is one")
+    words.add_argument("--recorded", action="store_true", help="Lambda's recorded catalogue, where there is one")
     asked = words.parse_args()
-    core = LambdaCloud()
+    core, other, port = LambdaCloud(), VastCloud(), 22
     if asked.recorded:
         core.catalogue = catalogue.recorded() or core.catalogue
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -30,15 +28,16 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if not asked.light:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpu-cloud-")))
-            core.machines = machines = stack.enter_context(SshMachines(folder))
-            sys.stdout.write(f"export GPU_LAMBDA_SSH_PORT={machines.port}\n")
-        server = stack.enter_context(Server(core, port=asked.port))
-        sys.stdout.write(f"export GPU_LAMBDA_URL={server.url}\nexport LAMBDA_API_KEY={core.key}\n")
+            core.machines = machines = stack.enter_context(SshMachines(folder / "lambda"))
+            other.machines = stack.enter_context(Containers(folder / "vast"))
+            port = machines.port
+        server = stack.enter_context(Server(core, port=asked.port, others=[other]))
+        announce(lambda name, value: print(f"export {name}={value}"), server, port)  # noqa: T201
         sys.stdout.flush()
         try:
             signal.pause()
         finally:
-            sys.stderr.write(as_text(core) + "\n")
+            sys.stderr.write(as_text(server.cores) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from urllib3.exceptions import (
 )
 
 from tests.cloud.answers import Answer, Closed, CutShort, Hangs, NotSent
-from tests.cloud.lambda_cloud import LambdaCloud
+from tests.cloud.core import Core
 
 
 class CloudAdapter(BaseAdapter):
-    """For `session.mount(URL, CloudAdapter(core))`: what lies below `/api/v1` of any host is asked of the core."""
+    """For `session.mount(URL, CloudAdapter(core))`: what lies below `/api` or `/results` of any host is the core's."""
 
-    def __init__(self, core: LambdaCloud, sleep: Callable[[float], None] | None = None) -> None:
+    def __init__(self, core: Core, sleep: Callable[[float], None] | None = None) -> None:
         """`sleep` passes the time that a client would wait for an answer which does not come; left out: none passes."""
         super().__init__()
         self.core = core
@@ -36,8 +36,9 @@ class CloudAdapter(BaseAdapter):
 
     def send(self, request: requests.PreparedRequest, *_: Any, timeout: Any = None, **__: Any) -> requests.Response:
         """The core's answer; requests.ConnectionError and its kin before or after the effect, as the fault has it."""
-        path = urlsplit(request.url or "").path
-        path = path[path.find("/api/v1") :]
+        parts = urlsplit(request.url or "")
+        began = [at for at in (parts.path.find(word) for word in ("/api/", "/results/")) if at >= 0]
+        path = parts.path[min(began, default=0) :] + (f"?{parts.query}" if parts.query else "")
         body = request.body.encode() if isinstance(request.body, str) else bytes(request.body or b"")  # type: ignore[arg-type]
         connect_s, read_s = timeout if isinstance(timeout, tuple) else (timeout, timeout)
         try:

@@ -6,41 +6,46 @@ import dataclasses
 from typing import Any
 
 from tests.cloud.answers import Failure, Json
+from tests.cloud.core import Core
 from tests.cloud.faults import Fault
-from tests.cloud.lambda_cloud import LambdaCloud
 
 PATH = "/__control"
-_KNOBS = ("quota", "enforces_rates", "unknown_status")
 
 
-def apply(cloud: LambdaCloud, asked: Json) -> Json:
+def apply(cloud: Core, asked: Json) -> Json:
     """Do what is asked, and return what there is; Failure that names what is not understood, nothing done then.
 
-    `faults`: a list of the fields of `Fault`; `clear`: true; `timings`: fields of `Timings`; `capacity`: regions by
-    type; `foreign`: a list of names of other people's instances; `quota`, `enforces_rates`, `unknown_status`.
+    `faults`: a list of the fields of `Fault`; `clear`: true; `timings`: fields of `Timings`; `foreign`: a list of
+    names of other people's instances; the knobs of the cloud (`Core.knobs`), and what it can be asked to do
+    (`Core.acts`).
     """
     try:
         faults = [Fault(**fields) for fields in asked.get("faults", [])]
+        if alien := [fault.what for fault in faults if fault.what not in cloud.faults.kinds]:
+            raise ValueError(f"this cloud has no fault {alien[0]!r}")
         timings = dataclasses.replace(cloud.timings, **asked.get("timings", {}))
     except (TypeError, ValueError) as error:
         raise Failure("global/invalid-parameters", str(error)) from None
-    if unknown := set(asked) - {"faults", "clear", "timings", "capacity", "foreign", *_KNOBS}:
+    known = {"faults", "clear", "timings", "foreign", *cloud.knobs, *cloud.acts}
+    if unknown := set(asked) - known:
         raise Failure("global/invalid-parameters", f"unknown: {', '.join(sorted(unknown))}")
     if asked.get("clear"):
         cloud.faults.clear()
     for fault in faults:
         cloud.faults.add(fault)
     cloud.timings = timings
-    cloud.catalogue.capacity.update(asked.get("capacity", {}))
     for name in asked.get("foreign", []):
         cloud.add_foreign(name)
-    for knob in _KNOBS:
+    for word in cloud.acts:
+        if word in asked:
+            cloud.act(word, asked[word])
+    for knob in cloud.knobs:
         if knob in asked:
             setattr(cloud, knob, asked[knob])
     return report(cloud)
 
 
-def report(cloud: LambdaCloud) -> Json:
+def report(cloud: Core) -> Json:
     """What is set and what it has cost."""
     return {
         "still_billing": [one.instance_id for one in cloud.still_billing()],

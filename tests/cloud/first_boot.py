@@ -103,17 +103,21 @@ class Paths:
     It holds for the text of user_data and of commands over SSH, not inside files sent there by other ways.
     """
 
-    def __init__(self, root: Path, home: Path, named: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, home: Path, named: Iterable[str] = (), login_home: str = _LOGIN_HOME) -> None:
         self.root = root
-        own = f"{_LOGIN_HOME}/"  # of somebody who is called so and works there: only what is surely ours is moved
-        rest = r"/\.gpu" if str(root).startswith(own) or sys.executable.startswith(own) else ""
+        # of somebody who is called so and works there: only what is surely ours is moved
+        rest = r"/\.(gpu|ssh|no_auto_tmux)" if self._is_here(login_home) else ""
         self.rules = [
-            (rf"{_BEFORE}{_LOGIN_HOME}({rest}$|{rest}[^A-Za-z0-9_.-])", rf"\1{home}\2"),
+            (rf"{_BEFORE}{login_home}({rest}$|{rest}[^A-Za-z0-9_.-])", rf"\1{home}\2"),
             (rf"{_BEFORE}({_SYSTEM}\.?gpu|/var/lib/cloud)", rf"\1{root}\2"),
         ]
         for path in sorted(named, key=len, reverse=True):
-            if self.moved(path) == path:
+            if self.moved(path) == path and not self._is_here(path):
                 self.rules.append((rf"{_BEFORE}{re.escape(path)}", rf"\1{root}{path}"))
+
+    def _is_here(self, folder: str) -> bool:
+        """Whether a folder of that name on this computer is what the tests run in."""
+        return str(self.root).startswith(f"{folder}/") or sys.executable.startswith(f"{folder}/")
 
     def moved(self, text: str) -> str:
         """The text with every path of the machine as it is here."""

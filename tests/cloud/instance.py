@@ -7,43 +7,11 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from tests.cloud.answers import Json
-from tests.cloud.catalogue import region
+from tests.cloud.catalogue import Gpus, gpus_of, region
 from tests.cloud.faults import FOREVER, Fault
+from tests.cloud.timings import Bill, Timings
 
 _ACTIONS = ("migrate", "rebuild", "restart", "cold_reboot", "terminate")
-
-
-@dataclass
-class Timings:
-    """How long everything takes, in seconds of the stand-in's clock."""
-
-    visibility_delay_s: float = 0.2
-    """From launch until it is listed."""
-    boot_s: float = 1.0
-    """From launch until it is active."""
-    ip_delay_s: float = 0.1
-    """From active until it has an address."""
-    sshd_delay_s: float = 0.3
-    """From active until sshd listens."""
-    restart_s: float = 0.5
-    term_s: float = 0.5
-    """From terminate until it is terminated, and costs nothing any more."""
-    linger_s: float = 1.0
-    """From terminated until nobody knows of it."""
-
-
-@dataclass(frozen=True)
-class Bill:
-    """What one instance cost."""
-
-    instance_id: str
-    name: str | None
-    began: float
-    """Seconds since 1970, as `ended`."""
-    ended: float | None
-    """None: it still costs money."""
-    cents: Fraction
-    """In whole minutes begun, as it is charged."""
 
 
 @dataclass
@@ -67,6 +35,16 @@ class Instance:
     ending_at: float | None = None
     restarted_at: float | None = None
     powered_off: bool = False
+
+    @property
+    def asked_name(self) -> str | None:
+        """What it was called when it was asked for."""
+        return self.order.get("name")
+
+    @property
+    def gpus(self) -> Gpus:
+        """What nvidia-smi shows there, unless a fault has it otherwise."""
+        return gpus_of(self.kind)
 
     @property
     def active_at(self) -> float:

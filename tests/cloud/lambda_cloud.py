@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import email.utils
-import random
 import re
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Mapping
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from tests.cloud import catalogue, ordering, veils
 from tests.cloud.account import Account
-from tests.cloud.answers import Answer, Failure, Json, Unanswered, as_json, checked_text, need_list, parsed
-from tests.cloud.faults import Fault, Faults
-from tests.cloud.instance import Bill, Instance, Timings
+from tests.cloud.answers import Answer, Failure, Json, as_json, checked_text, need_list, parsed
+from tests.cloud.core import Core, Request
+from tests.cloud.faults import Fault
+from tests.cloud.instance import Instance
+from tests.cloud.timings import Timings
 
 PREFIX = "/api/v1"
 KEY = "stand-in-key-0123456789abcdef"
@@ -60,108 +57,79 @@ class Machines(Protocol):
         ...
 
 
-class Call(NamedTuple):
-    """A request that came, and how it was answered."""
-
-    at: float
-    method: str
-    path: str
-    """Without the prefix."""
-    status: int | None
-    """None: the client got no answer."""
-
-
-class LambdaCloud:
+class LambdaCloud(Core):
     """One account at a stand-in provider. What is set on it (`timings`, `quota`, ...) holds for what comes after."""
+
+    place = "/lambda"
+    knobs = ("quota", "enforces_rates", "unknown_status")
+    acts = ("capacity",)
 
     def __init__(self, clock: Callable[[], float] = time.time, seed: int = 0, timings: Timings | None = None) -> None:
         """`clock` says seconds since 1970; the same seed and the same requests give the same ids."""
-        self.clock = clock
-        self.timings = timings or Timings()
+        super().__init__(clock, seed, timings)
         self.key = KEY
         self.catalogue = catalogue.built_in()
         self.machines: Machines | None = None
-        self.faults = Faults()
         self.account = Account(self.new_id, clock)
         self.instances: dict[str, Instance] = {}
-        """All that ever were."""
-        self.calls: list[Call] = []
-        self.touched_foreign: list[str] = []
-        """Ids of other people's instances that somebody renamed, restarted or terminated."""
-        self.enforces_rates = False
         self.quota: int | None = None
         """How many instances the account may have at once."""
         self.unknown_status = 400
         """The HTTP status of a launch that names what does not exist: 400 or 404."""
-        self._random = random.Random(seed)
-        self._lock = threading.RLock()
         self._ticking = threading.Lock()
         self._machine_states: dict[str, str] = {}
         self._last_call = self._last_launch = -1e9
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
-        """The answer to a request; Unanswered when a fault keeps it from the client, done or not.
+    def stripped(self, path: str) -> str:
+        """A path without the prefix of the API."""
+        return path.removeprefix(PREFIX)
 
-        When it comes, the machines have done what it says: what is terminating or restarting has no processes left.
-        """
-        try:
-            return self._handled(method, path, headers, body)
-        finally:
-            if method != "GET":
-                self.tick()
+    def word_of(self, method: str, path: str, content: Json) -> str:
+        """What a call is, in the words that all clouds share."""
+        return next((word for wanted, it, word, _ in _ROUTES if wanted == method and re.fullmatch(it, path)), "")
 
-    def _handled(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        with self._lock:
-            path = path.partition("?")[0].removeprefix(PREFIX)
-            content: Json = {}
-            with contextlib.suppress(Failure):
-                content = parsed(body)
-            call = f"{method} {path}"
-            try:
-                answer = self._with_faults(call, headers, body, content)
-            except Unanswered:
-                self.calls.append(Call(self.clock(), method, path, None))
-                raise
-            self.calls.append(Call(self.clock(), method, path, answer.status))
-            return answer
-
-    def _with_faults(self, call: str, headers: Mapping[str, str], body: bytes, content: Json) -> Answer:
-        fault = self.faults.first("call", call, content)
-        answer = None
-        if fault is None or fault.is_done:
-            try:
-                answer = self._answer(call, headers, body)
-            except Failure as failure:
-                answer = failure.answer()
-        if fault is not None:
-            answer = fault.spoil(answer)
-        assert answer is not None
-        looks = self.faults.every("answer", call, content)
-        date = email.utils.formatdate(self.clock() + veils.skew_s(looks), usegmt=True)
-        answer = veils.veiled(answer, looks)
-        return answer._replace(headers=answer.headers | {"Date": date})
-
-    def _answer(self, call: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        self._authorize(headers)
-        if self.enforces_rates and (refusal := self._too_fast(call)):
+    def answer(self, request: Request) -> Answer:
+        """The answer when nothing goes wrong; raises Failure."""
+        self._authorize(request)
+        if self.enforces_rates and (refusal := self._too_fast(request.call)):
             return refusal
-        method, _, path = call.partition(" ")
         methods = []
-        for wanted, pattern, act in _ROUTES:
-            if found := re.fullmatch(pattern, path):
-                if wanted == method:
-                    return as_json(200, {"data": act(self, body, *found.groups())})
+        for wanted, pattern, _, act in _ROUTES:
+            if found := re.fullmatch(pattern, request.path):
+                if wanted == request.method:
+                    return as_json(200, {"data": act(self, request, *found.groups())})
                 methods.append(wanted)
         if methods:
             return Answer(405, {"Allow": ", ".join(methods), "Content-Type": "text/plain"}, b"Method Not Allowed\n")
         raise Failure("global/not-found")
 
-    def _authorize(self, headers: Mapping[str, str]) -> None:
+    def refusal(self, fault: Fault) -> Answer:
+        """What this cloud says instead of an answer."""
+        match fault.what:
+            case "rate-limited-json":  # the code that also means an account's quota, as one stand-in in the wild has it
+                answer = Failure("global/quota-exceeded", "Too many requests", status=429).answer()
+                return answer._replace(headers=answer.headers | fault.retry_after)
+            case "rate-limited-text":
+                return Answer(429, {"Content-Type": "text/plain"} | fault.retry_after, b"Too Many Requests\n")
+            case "null-data":
+                return as_json(200, {"data": None})
+        codes = {
+            "bad-key": "global/invalid-api-key",
+            "inactive": "global/account-inactive",
+            "no-capacity": "instance-operations/launch/insufficient-capacity",
+            "quota": "global/quota-exceeded",
+        }
+        return Failure(codes.get(fault.what) or fault.detail or "global/internal-error").answer()
+
+    def veiled(self, answer: Answer, faults: list[Fault]) -> Answer:
+        """The answer as faults make it look."""
+        return veils.veiled(answer, faults)
+
+    def _authorize(self, request: Request) -> None:
         """Let in who has the key as a bearer, or as the user of a basic login, encoded or as it is."""
-        given = {name.lower(): value for name, value in headers.items()}.get("authorization", "")
-        how, _, word = given.partition(" ")
+        how, _, word = request.headers.get("authorization", "").partition(" ")
         encoded = base64.b64encode(f"{self.key}:".encode()).decode()
         if (how.lower(), word) not in {("bearer", self.key), ("basic", self.key), ("basic", encoded)}:
             raise Failure("global/invalid-api-key")
@@ -176,12 +144,12 @@ class LambdaCloud:
 
     # --- instances ---------------------------------------------------------------------------------------------------
 
-    def _launch(self, body: bytes) -> Json:
-        order = parsed(body)
+    def _launch(self, request: Request) -> Json:
+        order = parsed(request.body)
         ordering.check(order, self.account, self.catalogue, self.unknown_status)
         if self.quota is not None and len(self.still_billing()) >= self.quota:
             raise Failure("global/quota-exceeded")
-        found = {fault.what: fault for fault in self.faults.every("launch", _LAUNCH, order)}
+        found = {fault.what: fault for fault in self.faults.every("launch", request)}
         made = [self._made(order, found).instance_id for _ in range(2 if "doubled" in found else 1)]
         named = made if "doubled" in found and found["doubled"].detail == "both" else made[:1]
         return {"instance_ids": named}
@@ -190,7 +158,7 @@ class LambdaCloud:
         address = (
             self.machines.address()
             if self.machines
-            else f"198.{self._random.choice((18, 19))}." + ".".join(str(self._random.randint(1, 254)) for _ in range(2))
+            else f"198.{self.random.choice((18, 19))}." + ".".join(str(self.random.randint(1, 254)) for _ in range(2))
         )
         kind = self.catalogue.types[order["instance_type_name"]]
         made = Instance(self.new_id(), order, kind, address, self.timings, self.clock(), faults)
@@ -199,38 +167,38 @@ class LambdaCloud:
         self.instances[made.instance_id] = made
         return made
 
-    def _list(self, body: bytes) -> list[Json]:
+    def _list(self, request: Request) -> list[Json]:
         now = self.clock()
         return [one.shown(now) for one in self.instances.values() if one.is_visible(now)]
 
-    def _get(self, body: bytes, instance_id: str) -> Json:
+    def _get(self, request: Request, instance_id: str) -> Json:
         return self._known(instance_id, is_shown=True).shown(self.clock())
 
-    def _rename(self, body: bytes, instance_id: str) -> Json:
-        content, instance = parsed(body), self._known(instance_id)
+    def _rename(self, request: Request, instance_id: str) -> Json:
+        content, instance = parsed(request.body), self._known(instance_id)
         if "name" in content:
             instance.name = checked_text(content["name"], "name", r"(?s).{0,64}")
-        self._touch(instance)
+        self.touch(instance)
         return instance.shown(self.clock())
 
-    def _terminate(self, body: bytes) -> Json:
-        content = parsed(body)
+    def _terminate(self, request: Request) -> Json:
+        content = parsed(request.body)
         wanted, now = [self._known(one) for one in _ids(content)], self.clock()
         for instance in wanted:
-            found = {fault.what: fault for fault in self.faults.every("terminate", _TERMINATE, content)}
-            self._touch(instance)
+            found = {fault.what: fault for fault in self.faults.every("terminate", request)}
+            self.touch(instance)
             if "terminate-ignored" in found or instance.ending_at is not None:
                 continue
             instance.faults |= found
             instance.ending_at = now + (found["terminate-late"].seconds if "terminate-late" in found else 0.0)
         return {"terminated_instances": [one.shown(now) for one in wanted]}
 
-    def _restart(self, body: bytes) -> Json:
-        wanted, now = [self._known(one) for one in _ids(parsed(body))], self.clock()
+    def _restart(self, request: Request) -> Json:
+        wanted, now = [self._known(one) for one in _ids(parsed(request.body))], self.clock()
         if any(one.status(now) not in ("active", "unhealthy") for one in wanted):
             raise Failure("global/conflict")
         for instance in wanted:
-            self._touch(instance)
+            self.touch(instance)
             instance.restarted_at = now
             instance.powered_off = False
             self._machine_states[instance.instance_id] = "restart"
@@ -244,51 +212,28 @@ class LambdaCloud:
             raise Failure("global/object-does-not-exist")
         return found
 
-    def _touch(self, instance: Instance) -> None:
-        if instance.is_foreign:
-            self.touched_foreign.append(instance.instance_id)
-
     # --- what tests ask ----------------------------------------------------------------------------------------------
 
     def new_id(self) -> str:
         """An id like those of the provider."""
-        return uuid.UUID(int=self._random.getrandbits(128), version=4).hex
+        return uuid.UUID(int=self.random.getrandbits(128), version=4).hex
 
     def add_foreign(self, name: str | None, type_name: str = "gpu_1x_a10", **more: Any) -> Instance:
         """An instance that somebody else who uses the account has had for an hour."""
-        with self._lock:
+        with self.lock:
             order = {"region_name": "us-east-1", "instance_type_name": type_name, "ssh_key_names": ["theirs"]}
             made = self._made(order | ({} if name is None else {"name": name}) | more, {})
             made.is_foreign = True
             made.launched_at -= 3600.0
             return made
 
-    def ours(self) -> list[Instance]:
-        """All instances that were ever launched through the API."""
-        with self._lock:
-            return [one for one in self.instances.values() if not one.is_foreign]
+    def add_storage(self, name: str) -> None:
+        """Have a file system of this name."""
+        self.account.add_file_system(f'{{"name": "{name}", "region": "us-east-1"}}'.encode())
 
-    def still_billing(self) -> list[Instance]:
-        """Those of ours that cost money now: what is left at the end of a test was leaked."""
-        now = self.clock()
-        return [one for one in self.ours() if one.bill(now).ended is None]
-
-    def bills(self) -> list[Bill]:
-        """What each of ours cost until now."""
-        now = self.clock()
-        return [one.bill(now) for one in self.ours()]
-
-    def cents(self) -> Fraction:
-        """What all of ours cost until now."""
-        return sum((bill.cents for bill in self.bills()), Fraction(0))
-
-    def per_name(self) -> Counter[str | None]:
-        """How many instances were launched under each name (a marker): more than one was doubled."""
-        return Counter(one.order.get("name") for one in self.ours())
-
-    def count(self, path: str, method: str = "") -> int:
-        """How many requests came whose path ends in `path`."""
-        return sum(call.path.endswith(path) and method in ("", call.method) for call in self.calls)
+    def act(self, word: str, how: Any) -> None:
+        """`capacity`: regions by type."""
+        self.catalogue.capacity.update(how)
 
     # --- what goes on by itself --------------------------------------------------------------------------------------
 
@@ -297,7 +242,7 @@ class LambdaCloud:
         if self.machines is None:
             return
         with self._ticking:
-            with self._lock:
+            with self.lock:
                 due = [one for one in self.instances.values() if not one.is_foreign]
             for instance in due:
                 self._move(instance, self.machines)
@@ -305,7 +250,7 @@ class LambdaCloud:
     def _move(self, instance: Instance, machines: Machines) -> None:
         """Take one machine a step further: booted, open, ended."""
         now, name = self.clock(), instance.instance_id
-        with self._lock:
+        with self.lock:
             state = later = self._machine_states.get(name, "none")
             runs, is_off = instance.runs(now), instance.powered_off
         if state == "none" and runs:
@@ -325,7 +270,7 @@ class LambdaCloud:
             later = "off"
         elif state in ("booted", "open") and not machines.look(instance, now):
             instance.powered_off = True
-        with self._lock:
+        with self.lock:
             if self._machine_states.get(name, "none") == state:
                 self._machine_states[name] = later
 
@@ -344,25 +289,28 @@ def _in_use(cloud: LambdaCloud) -> set[str]:
     return {name for one in alive for name in one.order.get("file_system_names", [])}
 
 
-_LAUNCH = "POST /instance-operations/launch"
-_TERMINATE = "POST /instance-operations/terminate"
 _ID = r"([^/]+)"
-_ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
-    ("GET", "/instance-types", lambda cloud, body: cloud.catalogue.listed()),
-    ("GET", "/regions", lambda cloud, body: [catalogue.region(name) for name in catalogue.REGIONS]),
-    ("GET", "/images", lambda cloud, body: cloud.catalogue.images),
-    ("GET", "/instances", LambdaCloud._list),
-    ("GET", f"/instances/{_ID}", LambdaCloud._get),
-    ("POST", f"/instances/{_ID}", LambdaCloud._rename),
-    ("POST", "/instance-operations/launch", LambdaCloud._launch),
-    ("POST", "/instance-operations/terminate", LambdaCloud._terminate),
-    ("POST", "/instance-operations/restart", LambdaCloud._restart),
-    ("GET", "/ssh-keys", lambda cloud, body: list(cloud.account.keys.values())),
-    ("POST", "/ssh-keys", lambda cloud, body: cloud.account.add_key(body)),
-    ("DELETE", f"/ssh-keys/{_ID}", lambda cloud, body, key_id: cloud.account.remove_key(key_id)),
-    ("GET", "/file-systems", lambda cloud, body: cloud.account.listed_file_systems(_in_use(cloud))),
-    ("POST", "/filesystems", lambda cloud, body: cloud.account.add_file_system(body)),
-    ("DELETE", f"/filesystems/{_ID}", lambda cloud, body, it: cloud.account.remove_file_system(it, _in_use(cloud))),
-    ("GET", "/firewall-rules", lambda cloud, body: cloud.account.rules),
-    ("PUT", "/firewall-rules", lambda cloud, body: cloud.account.replace_rules(body)),
+_ROUTES: list[tuple[str, str, str, Callable[..., Any]]] = [
+    ("GET", "/instance-types", "offers", lambda cloud, request: cloud.catalogue.listed()),
+    ("GET", "/regions", "regions", lambda cloud, request: [catalogue.region(name) for name in catalogue.REGIONS]),
+    ("GET", "/images", "images", lambda cloud, request: cloud.catalogue.images),
+    ("GET", "/instances", "list", LambdaCloud._list),
+    ("GET", f"/instances/{_ID}", "get", LambdaCloud._get),
+    ("POST", f"/instances/{_ID}", "label", LambdaCloud._rename),
+    ("POST", "/instance-operations/launch", "launch", LambdaCloud._launch),
+    ("POST", "/instance-operations/terminate", "terminate", LambdaCloud._terminate),
+    ("POST", "/instance-operations/restart", "reboot", LambdaCloud._restart),
+    ("GET", "/ssh-keys", "keys", lambda cloud, request: list(cloud.account.keys.values())),
+    ("POST", "/ssh-keys", "keys", lambda cloud, request: cloud.account.add_key(request.body)),
+    ("DELETE", f"/ssh-keys/{_ID}", "keys", lambda cloud, request, key_id: cloud.account.remove_key(key_id)),
+    ("GET", "/file-systems", "storage", lambda cloud, _: cloud.account.listed_file_systems(_in_use(cloud))),
+    ("POST", "/filesystems", "storage", lambda cloud, request: cloud.account.add_file_system(request.body)),
+    (
+        "DELETE",
+        f"/filesystems/{_ID}",
+        "storage",
+        lambda cloud, request, it: cloud.account.remove_file_system(it, _in_use(cloud)),
+    ),
+    ("GET", "/firewall-rules", "firewall", lambda cloud, request: cloud.account.rules),
+    ("PUT", "/firewall-rules", "firewall", lambda cloud, request: cloud.account.replace_rules(request.body)),
 ]

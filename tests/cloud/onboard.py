@@ -49,7 +49,7 @@ def nvidia_smi(folder: Path, words: list[str]) -> int:
         name, _, fields = word.partition("=")
         if name in ("--query-gpu", "--query-compute-apps"):
             return _query(rows if name == "--query-gpu" else [], fields.split(","), words)
-    _table(rows)
+    _table(rows, gpus.get("driver", DRIVER), gpus.get("cuda", CUDA))
     return 0
 
 
@@ -62,7 +62,7 @@ def _gpu(gpus: dict[str, Any], index: int) -> dict[str, str]:
         "uuid": f"GPU-{gpus['seed'][:8]}-0000-4000-8000-{index:012x}",
         "gpu_uuid": f"GPU-{gpus['seed'][:8]}-0000-4000-8000-{index:012x}",
         "count": str(gpus["count"]),
-        "driver_version": DRIVER,
+        "driver_version": gpus.get("driver", DRIVER),
         "compute_cap": gpus["compute_cap"],
         "memory.total": f"{total} MiB",
         "memory.used": "0 MiB",
@@ -100,8 +100,8 @@ def _has_unit(name: str) -> bool:
     return name.startswith(("memory.", "utilization.", "power."))
 
 
-def _table(rows: list[dict[str, str]]) -> None:
-    say(f"| NVIDIA-SMI {DRIVER}   Driver Version: {DRIVER}   CUDA Version: {CUDA} |")
+def _table(rows: list[dict[str, str]], driver: str, cuda: str) -> None:
+    say(f"| NVIDIA-SMI {driver}   Driver Version: {driver}   CUDA Version: {cuda} |")
     say(*(f"|  {row['index']}  {row['name']}  0MiB / {row['memory.total'].replace(' ', '')} |" for row in rows))
     say("|  No running processes found |")
 
@@ -240,6 +240,15 @@ def quiet(folder: Path, words: list[str]) -> int:
     return 0
 
 
+def apt(folder: Path, words: list[str]) -> int:
+    """Note what was asked for; a program that this machine was to lack is there once it is installed."""
+    for word in words if "install" in words else []:
+        path = folder / "bin" / word
+        if path.is_file() and "command not found" in path.read_text():
+            path.unlink()
+    return quiet(folder, words)
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +301,8 @@ PROGRAMS: dict[str, Callable[[Path, list[str]], int]] = {
     "cloud-init": cloud_init,
     "sudo": sudo,
     "uname": uname,
-    **dict.fromkeys(("apt-get", "apt", "snap", "crontab", "loginctl", "at", "useradd", "usermod", "mount"), quiet),
+    **dict.fromkeys(("apt-get", "apt"), apt),
+    **dict.fromkeys(("snap", "crontab", "loginctl", "at", "useradd", "usermod", "mount"), quiet),
 }
 
 
@@ -300,7 +310,7 @@ def main() -> int:
     """Be the program that the first word names, on the machine whose folder the second names."""
     name, folder, *words = sys.argv[1:]
     play = PROGRAMS[name]
-    return play(Path(folder), [name, *words] if play is quiet else words)
+    return play(Path(folder), [name, *words] if play in (quiet, apt) else words)
 
 
 if __name__ == "__main__":

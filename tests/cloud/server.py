@@ -7,12 +7,13 @@ import json
 import socket
 import struct
 import threading
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from tests.cloud import control
 from tests.cloud.answers import Answer, Closed, CutShort, Failure, Hangs, NotSent, Unanswered, as_json, parsed
-from tests.cloud.lambda_cloud import LambdaCloud
+from tests.cloud.core import Core
 
 _TICK_S = 0.02
 _DEADLINE_S = 10.0
@@ -23,20 +24,31 @@ _RESET = struct.pack("ii", 1, 0)
 class Server:
     """A running server; `url` is what GPU_LAMBDA_URL is set to. At the end of its block nothing of it is left."""
 
-    def __init__(self, core: LambdaCloud, address: str = "127.0.0.1", port: int = 0, prefix: str = "/lambda") -> None:
+    def __init__(self, core: Core, address: str = "127.0.0.1", port: int = 0, others: Iterable[Core] = ()) -> None:
+        """`others` are served as well, each at its own place."""
         self.core = core
-        self.prefix = prefix
+        self.cores = [core, *others]
         self.over = threading.Event()
         self._http = _Http((address, port), _Handler)
         self._http.owner = self
+        for each in self.cores:
+            each.url = self.url_of(each)
         self._threads = [threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)]
         self._threads.append(threading.Thread(target=self._tick, daemon=True))
 
     @property
     def url(self) -> str:
-        """Where the API is, without `/api/v1`."""
+        """Where the API of the first one is, without `/api/v1`."""
+        return self.url_of(self.core)
+
+    def url_of(self, core: Core) -> str:
+        """Where the API of one of them is."""
         address, port = self._http.server_address[:2]
-        return f"http://{address!s}:{port}{self.prefix}"
+        return f"http://{address!s}:{port}{core.place}"
+
+    def asked_for(self, path: str) -> Core | None:
+        """Which one a path is meant for; None: none of them."""
+        return next((core for core in self.cores if path.startswith(f"{core.place}/")), None)
 
     def __enter__(self) -> Server:
         for thread in self._threads:
@@ -53,7 +65,8 @@ class Server:
 
     def _tick(self) -> None:
         while not self.over.wait(_TICK_S):
-            self.core.tick()
+            for core in self.cores:
+                core.tick()
 
 
 class _Http(ThreadingHTTPServer):
@@ -113,17 +126,17 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve  # noqa: N815
 
     def _answer(self, body: bytes) -> Answer:
-        owner = self.server.owner
-        path = self.path.removeprefix(owner.prefix)
+        core = self.server.owner.asked_for(self.path)
+        if core is None:
+            return Answer(404, {"Content-Type": "text/plain"}, b"No such place\n")
+        path = self.path.removeprefix(core.place)
         if path == control.PATH:
             try:
                 asked = parsed(body) if self.command == "POST" else {}
-                return as_json(200, control.apply(owner.core, asked))
+                return as_json(200, control.apply(core, asked))
             except Failure as failure:
                 return failure.answer()
-        if path == self.path and owner.prefix:
-            return Answer(404, {"Content-Type": "text/plain"}, b"No such place\n")
-        return owner.core.handle(self.command, path, dict(self.headers.items()), body)
+        return core.handle(self.command, path, dict(self.headers.items()), body)
 
     def _send(self, answer: Answer, length: int | None = None) -> None:
         self.send_response_only(answer.status)
@@ -150,6 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: the core keeps a list of calls."""
 
 
-def as_text(core: LambdaCloud) -> str:
-    """What the stand-in says of itself, for a person."""
-    return json.dumps(control.report(core), indent=2)
+def as_text(cores: Iterable[Core]) -> str:
+    """What the stand-ins say of themselves, for a person."""
+    return json.dumps({core.place.strip("/"): control.report(core) for core in cores}, indent=2)

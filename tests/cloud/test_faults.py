@@ -11,7 +11,7 @@ import pytest
 from tests.cloud import Clock, Fault, LambdaCloud
 from tests.cloud.answers import Closed, CutShort, Hangs, NotSent
 from tests.cloud.asking import LAUNCH, ORDER, ask, end, launch, raw, seen, status_of
-from tests.cloud.faults import KINDS
+from tests.cloud.fault_kinds import KINDS
 
 LOST = {
     "lost-502": 502,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.cloud import Cloud, Timings, first_boot, machines
+from tests.cloud import Cloud, Timings, computers, first_boot, machines
 from tests.cloud.asking import ask, end
 from tests.cloud.renting import A100, GH200, H100S, Renter
 from tests.waiting import until
@@ -246,7 +246,7 @@ def test_user_data_of_several_parts_is_read() -> None:
 
 def test_skips_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nobody can log in as ubuntu, a test that asks for machines is skipped with the line that helps."""
-    monkeypatch.setattr(machines, "wrapper", lambda: None)
+    monkeypatch.setattr(computers, "wrapper", lambda: None)
     monkeypatch.setattr(machines, "USER", "nobody-is-called-so")
     with pytest.raises(pytest.skip.Exception, match="apt-get install libnss-wrapper"):
         machines.need_machines()

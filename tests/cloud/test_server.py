@@ -185,18 +185,20 @@ def test_a_server_leaves_nothing_behind(core: LambdaCloud) -> None:
 
 
 def test_it_is_a_program_too(tmp_path: Path) -> None:
-    """`python -m tests.cloud` prints what to export, serves, and at a signal says what everything has cost."""
+    """`python -m tests.cloud` prints what to export, serves both clouds, and at a signal says what they have cost."""
     words = [sys.executable, "-m", "tests.cloud", "--light"]
     root = Path(__file__).parent.parent.parent
     with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        said = dict(child.stdout.readline().split()[1].split("=", 1) for _ in range(2))
+        said = dict(child.stdout.readline().split()[1].split("=", 1) for _ in range(5))
         headers = {"Authorization": f"Bearer {said['LAMBDA_API_KEY']}"}
         assert requests.get(f"{said['GPU_LAMBDA_URL']}/api/v1/instances", headers=headers).json() == {"data": []}
+        headers = {"Authorization": f"Bearer {said['VAST_API_KEY']}"}
+        assert requests.get(f"{said['GPU_VAST_URL']}/api/v0/users/current/", headers=headers).json()["credit"] > 0
         child.send_signal(signal.SIGTERM)
         _, error = child.communicate(timeout=20)
     assert child.returncode == 0
-    assert json.loads(error)["calls"] == 1
+    assert {name: it["calls"] for name, it in json.loads(error).items()} == {"lambda": 1, "vast": 1}
 
 
 def test_launches_by_hand_are_seen_by_the_core(client: Client) -> None:

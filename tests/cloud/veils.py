@@ -21,22 +21,16 @@ def veiled(answer: Answer, faults: list[Fault]) -> Answer:
         return answer
     content = json.loads(answer.body)
     for change in changes:
-        content = _everywhere(content, change)
+        content = everywhere(content, change)
     return answer._replace(body=json.dumps(content).encode())
 
 
-def skew_s(faults: list[Fault]) -> float:
-    """How many seconds the provider's clock is ahead."""
-    return sum(
-        3600.0 if fault.detail is None else float(fault.detail) for fault in faults if fault.what == "clock-skew"
-    )
-
-
-def _everywhere(value: Any, change: Callable[[Json], Json]) -> Any:
+def everywhere(value: Any, change: Callable[[Json], Json]) -> Any:
+    """A value with each object in it changed, the innermost first."""
     if isinstance(value, list):
-        return [_everywhere(item, change) for item in value]
+        return [everywhere(item, change) for item in value]
     if isinstance(value, dict):
-        return change({key: _everywhere(item, change) for key, item in value.items()})
+        return change({key: everywhere(item, change) for key, item in value.items()})
     return value
 
 

@@ -12,7 +12,6 @@ from types import TracebackType
 
 from orchestrator import ssh_config
 from orchestrator.errors import BadAnswer, HostKeyChanged, LoginRefused, NotReachable
-from tests.cloud.catalogue import gpus_of
 from tests.cloud.instance import Instance
 
 _KIND = "ssh-ed25519"
@@ -89,6 +88,8 @@ def _own_key(seed: str) -> str:
 class LightMachine:
     """A machine of a record's folder, reached by what its ssh_config, known_hosts and key say."""
 
+    root = Path("/home/ubuntu/.gpu")
+
     def __init__(self, room: Room, folder: Path) -> None:
         self.name = folder.name
         self._room = room
@@ -144,7 +145,7 @@ def is_as_paid(instance: Instance) -> bool:
 
 
 def _smi(instance: Instance, wait: Callable[[float], None], deadline_s: float) -> str:
-    gpus, faults = gpus_of(instance.kind), instance.faults
+    gpus, faults = instance.gpus, instance.faults
     if "smi-hangs" in faults:
         wait(min(deadline_s, faults["smi-hangs"].seconds))
         raise NotReachable("A command did not end in time.")
@@ -157,12 +158,12 @@ def _smi(instance: Instance, wait: Callable[[float], None], deadline_s: float) -
 
 
 def _cuda(instance: Instance) -> str:
-    if not gpus_of(instance.kind).count:
+    if not instance.gpus.count:
         return "none\n"
     return f"{instance.faults['cuda-error'].detail or 802 if 'cuda-error' in instance.faults else 0}\n"
 
 
 def _probed(instance: Instance) -> str:
     told = ["home=/home/ubuntu", "system=Linux x86_64", "python=3.10 /usr/bin/python3", "writable=yes"]
-    gpus = [f"gpu={gpus_of(instance.kind).name}"] * gpus_of(instance.kind).count
+    gpus = [f"gpu={instance.gpus.name}"] * instance.gpus.count
     return "\n".join([*told, "free_kb=90000000", *gpus, "end=yes", ""])

@@ -13,7 +13,6 @@ from orchestrator import idleness, inventory, ledger, machines, rentals
 from orchestrator.errors import AuthRejected, GpuError, MayCost, ProviderError
 from orchestrator.rentals import ENDED
 from tests.cloud import Fault, Timings
-from tests.cloud.faults import KINDS
 from tests.faults.light_machines import is_as_paid
 from tests.faults.money_commands import COMMANDS, HOURS, NAME
 from tests.faults.money_world import Killed, Process, World, name_of
@@ -265,9 +264,9 @@ _SECONDS = {"invisible": 25.0, "hang": 400.0, "lost-hang": 400.0, "terminate-slo
 
 def random_fault(world: World) -> Fault:
     """Any fault of the stand-in's list, at any call that it may befall, some times."""
-    chance = world.chance
-    what = chance.choice([name for name in KINDS if name not in _NOT_FOR_STORMS])
-    is_of_calls = KINDS[what][0] == "call" and not KINDS[what][1]
+    chance, kinds = world.chance, world.core.faults.kinds
+    what = chance.choice([name for name in kinds if name not in _NOT_FOR_STORMS])
+    is_of_calls = kinds[what][0] == "call" and not kinds[what][1]
     when = chance.choice(_CALLS) if is_of_calls else ""
     lies = what == "error" or what == "bare-instances"
     times = 1 if lies else chance.choice((1, 1, 2, 5, 14))

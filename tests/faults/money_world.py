@@ -16,7 +16,7 @@ from unittest import mock
 import requests
 
 from jobs import durable
-from orchestrator import clock, enrolment, machines, readiness, ssh
+from orchestrator import admission, clock, enrolment, machines, ssh
 from orchestrator.errors import NotReachable
 from orchestrator.providers import exchange, pace
 from tests.cloud import Clock, LambdaCloud, Server, Timings
@@ -212,7 +212,7 @@ class Stage:
         yield clock, "now", self._now
         yield exchange._Session, "get_adapter", lambda session, url: self._wire
         yield importlib.metadata, "version", lambda name: "0"  # it is read from the disk anew for each request
-        for module in (ssh, readiness, enrolment):
+        for module in (ssh, admission, enrolment):
             yield module, "SshMachine", lambda *words: self.world.room.machine(*words)
         yield ssh, "host_key", lambda host, port: self.world.room.host_key(host, port)
         yield pace, "_ask", lambda account, lanes: self.world.turn_s(lanes)

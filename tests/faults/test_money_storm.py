@@ -251,7 +251,9 @@ def test_cron_carries_on_an_end_that_died(stage: Stage) -> None:
     """`gpu advance --all` gives back what a killed `gpu terminate` had begun to, long before any deadline."""
     _, laptop = begun(stage, "nothing")
     laptop.run("launch")
-    assert laptop.run("terminate", 2).was_killed
+    assert laptop.run("terminate", 3).was_killed
+    with laptop.at():
+        assert rentals.choose(NAME).record.state == "stopping"
     assert laptop.run("cron").is_well
     assert not laptop.world.core.still_billing()
     money_storm.end(laptop, "repeat")

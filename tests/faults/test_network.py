@@ -205,6 +205,7 @@ def test_another_address_of_the_laptop(wire: Wire, counting_run: Make, started: 
     assert_goes_on(wire, run, command, 100)
 
 
+@pytest.mark.slow
 def test_another_address_of_the_machine(wire: Wire, counting_run: Make) -> None:
     """A machine at another address is unreachable, not dead; forgotten and added anew, its run comes home as it was."""
     run = counting_run(on="box", count=20, pace_s=0.01)

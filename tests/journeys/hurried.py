@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,9 @@ WAITS = "GPU_TEST_WAITS"
 """The variable for more waits than the usual ones: a JSON object of `module.NAME` and seconds."""
 _USUAL: dict[str, Any] = {
     "orchestrator.providers.lambda_cloud._EVERY_S": 0.01,
+    "orchestrator.providers.vast._EVERY_S": 0.01,
+    "orchestrator.providers.vast._UNDO_PAUSE_S": 0.2,
+    "orchestrator.vanishing._TWICE_S": 0.2,
     "orchestrator.returning._POLL_S": 0.1,
     "orchestrator.returning._TWICE_S": 0.2,
     "orchestrator.returning._ASK_AGAIN_S": 0.5,
@@ -24,7 +27,6 @@ _USUAL: dict[str, Any] = {
     "orchestrator.launching._LIMITED_S": 0.2,
     "orchestrator.outcome._TWICE_S": 0.2,
 }
-_LANES = ("_LAUNCHES", "_TERMINATES")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -61,15 +63,17 @@ def document(*arguments: str, **how: Any) -> Any:
 
 def shorten() -> None:
     """Have the waits of this process be short."""
-    from orchestrator.providers import client, lambda_cloud, pace
+    from orchestrator.providers import client, lambda_cloud, pace, vast
 
     for name, value in {**_USUAL, **json.loads(os.environ.get(WAITS, "{}"))}.items():
         module, _, constant = name.rpartition(".")
-        found = importlib.import_module(module)
+        found = pkgutil.resolve_name(module)
         assert hasattr(found, constant), name
         setattr(found, constant, value)
-    for name in _LANES:
-        setattr(lambda_cloud, name, pace.Lane(name, 0.01))
+    for cloud in (lambda_cloud, vast):
+        for name, value in vars(cloud).items():
+            if isinstance(value, pace.Lane):
+                setattr(cloud, name, pace.Lane(name, 0.01))
     client._wait_s = lambda _: 0.02
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import guarding, machines, rentals, runs
+from orchestrator import guarding, keys, machines, rentals, runs
 from orchestrator.rentals import Rental
 from orchestrator.runs import Run
 from tests.cloud import Cloud, Timings
@@ -145,4 +145,39 @@ def test_the_machine_that_is_about_to_be_used_is_not_idle(quick: Cloud, counting
     assert done.returncode == 0, done.stderr
     assert rental("a10").record.state == "ready"
     assert rental("other").record.state == "gone"
+    assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+def test_a_worker_that_hangs_is_idle_too(quick: Cloud, counting_run: Callable[..., Run]) -> None:
+    """Its run is stopped, its rows come home, and its machine is given back."""
+    assert gpu(*A10, "--python", sys.executable).returncode == 0
+    run = counting_run(on="a10", count=5, pace_s=600)
+    assert gpu("resume", run.run_id, "--detach").returncode == 0
+    until(lambda: gpu("pull", run.run_id).returncode == 0 and runs.find(run.run_id).record.rows_home == 1)
+    rental().save(ready_at=LONG_AGO, caps={**rental().record.caps, "idle_minutes": 0.001})
+    os.utime(run.home.record, (0, 0))
+    done = gpu("audit")
+    assert done.returncode == 0, done.stderr
+    assert billing(quick) == []
+    record = runs.find(run.run_id).record
+    assert (record.state, record.rows_home) == ("stopped", 1)
+
+
+def test_a_reaper_that_never_ran_is_not_said_to_guard(light_cloud: Cloud) -> None:
+    """A crontab line that was written and not put to use is told of; once it has run, when that was."""
+    light_cloud.core.timings = Timings(0.05, 0.1, 0.0, 0.0, term_s=0.1)
+    chosen = gpu("guard", "setup", "--how", "reaper")
+    assert chosen.returncode == 0
+    assert "cron does not see LAMBDA_API_KEY" in chosen.stderr
+    keys.store("lambda", light_cloud.key)
+    assert "cron does not see" not in gpu("guard", "setup", "--how", "reaper").stderr
+    assert gpu(*A10, "--no-wait").returncode == 0
+    assert "IT HAS NEVER RUN FROM HERE" in gpu("status").stderr
+    line = (Path(os.environ["GPU_HOME"]) / "guard" / "crontab").read_text()
+    command = line.split(" ", 5)[5].replace("\\%", "%")
+    bare = {name: value for name, value in os.environ.items() if name != "LAMBDA_API_KEY"}
+    subprocess.run(["sh", "-c", command], check=True, timeout=60, env=bare)
+    shown = gpu("status").stderr
+    assert "It ran here last at" in shown
+    assert "NEVER" not in shown
     assert gpu("terminate", "--all", "-y").returncode == 0

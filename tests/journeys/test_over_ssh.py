@@ -208,6 +208,7 @@ def test_a_reboot_is_noticed_and_mended(box: Box, counting_run: Make) -> None:
     assert_home(run, 40, server)
 
 
+@pytest.mark.slow
 def test_a_frozen_machine_is_waited_for(box: Box, counting_run: Make) -> None:
     """Stopped in its tracks and thawed, a machine goes on where it was; nothing was started anew."""
     server = box("box")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import machines
+from orchestrator import clock, machines, rentals
 from orchestrator.runs import Run
-from tests.cloud import Cloud, Timings
+from tests.cloud import Cloud, Fault, Timings
 from tests.journeys.hurried import begun, document, gpu
 from tests.waiting import until
 
@@ -153,11 +153,24 @@ def test_what_is_not_home_can_be_given_up(quick: Cloud, counting_run: Callable[.
     assert gpu("terminate", "a10", "-y").returncode == 0, "given back already"
 
 
+def test_what_another_computer_runs_there_is_not_destroyed(quick: Cloud) -> None:
+    """A run on the machine that was never begun here cannot be brought home: it is named, and has to be given up."""
+    assert gpu(*A10).returncode == 0
+    (Path(machines.load("a10").root) / "runs" / "20261120-eval-gsm8k-3f9c").mkdir(parents=True)
+    refused = gpu("terminate", "a10", "-y")
+    assert refused.returncode == 20, refused.stderr
+    assert "20261120-eval-gsm8k-3f9c" in refused.stderr
+    assert "--discard" in refused.stderr
+    assert len(billing(quick)) == 1
+    assert gpu("terminate", "a10", "-y", "--discard").returncode == 0
+    assert billing(quick) == []
+
+
 @pytest.mark.parametrize(
     ("fault", "how", "said"),
     [
         ("boot-unhealthy", {}, "unhealthy"),
-        ("vanishes", {}, "does not list it"),
+        pytest.param("vanishes", {}, "does not list it", marks=pytest.mark.slow),
         ("smi-wrong-gpu", {}, "Tesla T4; A10 PCIe was paid for"),
         ("smi-wrong-memory", {}, "11 GB; 24 GB were paid for"),
         pytest.param("smi-wrong-count", {"detail": 2}, "2 GPUs", marks=pytest.mark.slow),
@@ -190,6 +203,15 @@ def test_bad_machines_are_not_tried_without_end(quick: Cloud) -> None:
     again = gpu(*A10)
     assert again.returncode == 4
     assert "already" not in again.stderr
+
+
+def test_a_typing_error_costs_one_machine(quick: Cloud) -> None:
+    """An interpreter that no machine has ends the launch at the first one, which is given back."""
+    launched = gpu(*A10, "--python", "/opt/nope", waits={"readiness._ADMITTED_S": 0.5})
+    assert launched.returncode == 4, launched.stderr
+    assert "/opt/nope on a10 is no Python that runs" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
 
 
 def test_a_budget_is_that_of_the_launch(quick: Cloud) -> None:
@@ -246,7 +268,7 @@ def test_where_a_machine_was_no_good_no_other_is_rented(quick: Cloud) -> None:
 def test_an_image_that_ignores_the_host_key_is_said(quick: Cloud) -> None:
     """A first contact that could not be verified is told of, with the fingerprint that is pinned from then on."""
     quick.fault("ignores-host-key")
-    launched = gpu(*A10, waits={"readiness._KEY_PATIENCE_S": 0.5})
+    launched = gpu(*A10, waits={"admission._KEY_PATIENCE_S": 0.5})
     assert launched.returncode == 0, launched.stderr
     assert "first contact was NOT verified" in launched.stderr
     (instance,) = quick.core.ours()
@@ -281,3 +303,23 @@ def test_a_launch_that_returns_early_is_gone_on_with(quick: Cloud) -> None:
     until(lambda: billing(quick))
     assert gpu("terminate", "-y", "--json").returncode == 0
     assert gpu("wait", "a10").returncode == 3, "it is gone"
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "goes-unhealthy"])
+def test_cron_notices_that_a_machine_is_no_more(quick: Cloud, fault: str) -> None:
+    """Nobody works on it: that it vanished, or was unhealthy for long, ends what it costs here, and the cost itself."""
+    waits = {"vanishing._TWICE_S": 0.1, "vanishing._UNHEALTHY_S": 0.5}
+    assert gpu(*A10).returncode == 0
+    (instance,) = quick.core.ours()
+    assert gpu("advance", "--all", waits=waits).returncode == 0
+    assert len(billing(quick)) == 1
+    instance.faults[fault] = Fault(fault, seconds=clock.timestamp() - instance.active_at)
+    quick.machine(instance.instance_id).sshd.kill_all()
+    for _ in range(2):
+        assert gpu("advance", "--all", waits=waits).returncode == 0
+        until(lambda: clock.timestamp() > instance.active_at + instance.faults[fault].seconds + 1)
+    assert billing(quick) == []
+    found = rentals.find("a10")
+    assert found is not None
+    assert found.record.state == "lost"
+    assert not document("cost")["machines"][0]["open"]

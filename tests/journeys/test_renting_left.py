@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator import clock, rentals
+from orchestrator import clock, journey, rentals
 from orchestrator.rentals import Rental
+from orchestrator.runs import Run
 from tests.cloud import Cloud, Timings
 from tests.journeys.hurried import begun, document, gpu
 from tests.waiting import until
@@ -215,10 +218,10 @@ def test_another_laptop_finds_what_this_one_lost(quick: Cloud, tmp_path: Path, m
 
 def test_a_deadline_stands_with_the_machine(quick: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the key is known, such as scheduled CI, what is past its deadline is ended, and nothing else."""
-    assert gpu("launch", "late", "--gpu", "A10", "-y", "--no-wait", "--max-hours", "0.0006").returncode == 0
+    assert gpu("launch", "late", "--gpu", "A10", "-y", "--no-wait", "--max-hours", "0.002").returncode == 0
     assert gpu("launch", "early", "--gpu", "A10", "-y", "--no-wait", "-q").returncode == 0
     late, early = quick.core.ours()
-    until(lambda: clock.timestamp() > late.launched_at + 3.0)
+    until(lambda: clock.timestamp() > late.launched_at + 8.0)
     monkeypatch.setenv("GPU_HOME", str(tmp_path / "elsewhere"))
     looked = json.loads(gpu("audit", "--past-cap", "--json").stdout)
     assert [entry["name"] for entry in looked["past_cap"]] == ["late"]
@@ -282,3 +285,108 @@ def test_only_one_command_is_at_a_machine(quick: Cloud) -> None:
     said(command)
     assert gpu("terminate", "a10", "-y").returncode == 0
     assert billing(quick) == []
+
+
+def _full(folder: Path) -> None:
+    """Leave no byte on the disk of a folder."""
+    with (folder / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(b"\0" * 4096)
+
+
+@pytest.fixture
+def small_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A state folder on a disk of its own of 1 MB; needs root."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(words, capture_output=True, check=False).returncode != 0:
+        pytest.skip("a small disk cannot be mounted here: it needs root")
+    monkeypatch.setenv("GPU_HOME", str(folder / "state"))
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("is_closed", [True, False], ids=["read-only", "full"])
+def test_a_disk_that_takes_nothing_keeps_no_machine(quick: Cloud, small_state: Path, is_closed: bool) -> None:
+    """With a state folder that is full, or read-only, nothing is rented, and what is rented can be given back."""
+    for name in ("one", "two"):
+        assert gpu("launch", name, "--gpu", "A10", "-y", "--no-wait").returncode == 0
+    rental("two").save(deadline=clock.timestamp() - 1)
+    if is_closed:
+        subprocess.run(["mount", "-o", "remount,ro", str(small_state)], check=True)
+    else:
+        _full(small_state)
+    ended = gpu("terminate", "one", "-y")
+    assert ended.returncode == 1, ended.stderr
+    assert "one is gone, by its provider's own word" in ended.stderr
+    assert billing(quick) == [], "and what was past its deadline is ended by any command"
+    refused = gpu(*A10)
+    assert refused.returncode == 3, refused.stderr
+    assert "Nothing was rented" in refused.stderr
+    assert billing(quick) == []
+    if is_closed:
+        subprocess.run(["mount", "-o", "remount,rw", str(small_state)], check=True)
+    else:
+        (small_state / "filler").unlink()
+    assert gpu("terminate", "--all", "-y").returncode == 0
+    assert [entry["open"] for entry in document("cost")["machines"]] == [False, False]
+
+
+def test_a_deadline_stops_nothing_elsewhere(quick: Cloud, counting_run: Callable[..., Run]) -> None:
+    """A machine that a run has left, and that is past its deadline, is ended; the run goes on where it is."""
+    assert gpu(*A10, "--no-wait").returncode == 0
+    run = counting_run(count=2000, pace_s=0.03)
+    journey.set_off(run)
+    run.save(former=[{"machine": "a10", "settled": False}])
+    rental().save(deadline=clock.timestamp() - 1, state="ready")
+    assert gpu("audit").returncode == 0
+    assert billing(quick) == []
+    journey.refresh(run)
+    assert run.record.state == "running"
+
+
+def test_a_launch_is_over_at_its_deadline(quick: Cloud) -> None:
+    """A machine that does not come up is given back when its time is over, by the launch itself; no other is rented."""
+    quick.core.timings = Timings(boot_s=600.0)
+    launched = gpu(*A10, "--max-hours", "0.001")
+    assert launched.returncode == 4, launched.stderr
+    assert "its time is over before it is ready" in launched.stderr
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"price_cents_per_hour": 150}, "costs 1.50 USD/h; 0.75 were offered"),
+        ({"name": "gpu_8x_a10"}, "is a gpu_8x_a10"),
+    ],
+)
+def test_a_machine_that_is_not_what_was_offered_is_given_back(quick: Cloud, change: dict[str, Any], said: str) -> None:
+    """Another kind of machine, or a higher price, than what was asked for is not kept."""
+    quick.core.timings = Timings(boot_s=600.0)
+    command = begun(*A10)
+    (instance,) = until(lambda: quick.core.ours())
+    quick.core.timings = Timings(boot_s=600.0, term_s=0.1)
+    instance.kind = {**instance.kind, **change}
+    until(lambda: len(quick.core.ours()) == 2)
+    command.send_signal(signal.SIGINT)
+    assert said in command.communicate(timeout=60)[1]
+    assert billing(quick) == [quick.core.ours()[1].instance_id]
+    assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+@pytest.mark.parametrize("key", ["", "wrong-key-0123456789"])
+def test_without_its_key_a_machine_is_said_to_cost(quick: Cloud, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """With no key, or a wrong one, what cannot be given back or gone on with is named once: id, price and link."""
+    assert gpu(*A10, "--no-wait").returncode == 0
+    (instance,), mine = billing(quick), os.environ["LAMBDA_API_KEY"]
+    monkeypatch.setenv("LAMBDA_API_KEY", key)
+    for words in (("terminate", "a10", "-y"), ("wait", "a10")):
+        done = gpu(*words)
+        assert done.returncode == COSTS, done.stderr
+        for said in (instance, "0.75 USD/h", DASHBOARD):
+            assert done.stderr.count(said) == 1, done.stderr
+    monkeypatch.setenv("LAMBDA_API_KEY", mine)
+    assert gpu("terminate", "a10", "-y").returncode == 0

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import keys
 from tests.cloud import Cloud
-from tests.journeys.hurried import Done, document, gpu
+from tests.journeys.hurried import Done, begun, document, gpu
 
 A10 = ("launch", "--gpu", "A10", "-y")
 USAGE, CONFIG, PROVIDER = 2, 3, 4
@@ -166,3 +166,34 @@ def test_a_damaged_config_file(light_cloud: Cloud) -> None:
         keys.user_config().write_text(text)
         assert is_refused(gpu(*A10, "-q"), CONFIG, os.environ["GPU_HOME"])
     assert light_cloud.core.count(LAUNCHES) == 0
+
+
+def test_two_launches_at_once_keep_a_limit_together(light_cloud: Cloud) -> None:
+    """What one of two commands is about to rent counts for the other: a month's limit holds for both."""
+    keys.user_config().write_text(json.dumps({"limits": {"usd_per_month": 10}}))
+    names = [f"m{number}" for number in range(4)]
+    at_once = [begun("launch", name, "--gpu", "A10", "--max-hours", "10", "-y", "--no-wait", "-q") for name in names]
+    said = [command.communicate(timeout=100)[1] for command in at_once]
+    assert sorted(command.returncode for command in at_once) == [0, CONFIG, CONFIG, CONFIG], said
+    assert len(light_cloud.core.still_billing()) == 1
+    assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "--on", "local", "--budget", "2"), ("run", "--count", "8"), ("resume", "--max-hours", "1")]
+)
+def test_a_cap_that_would_not_hold_is_refused(light_cloud: Cloud, words: tuple[str, ...]) -> None:
+    """A cap, or a wish about a machine, is not passed over in silence where nothing is rented."""
+    assert gpu("run", "-q", "--environment", "none", "--", "true").returncode == 0
+    more = () if words[0] == "resume" else ("--", "true")
+    assert is_refused(gpu(*words, *more), USAGE, f"{words[-2]} is for a machine that is rented for the run")
+    assert light_cloud.core.calls == []
+
+
+@pytest.mark.parametrize(("ahead_s", "how"), [(5400, "90 minutes behind"), (-5400, "90 minutes ahead of")])
+def test_a_clock_that_is_wrong(light_cloud: Cloud, ahead_s: int, how: str) -> None:
+    """Where this computer's clock is not the provider's, deadlines would be wrong: nothing is rented."""
+    light_cloud.fault("clock-skew", detail=ahead_s, times=None)
+    assert is_refused(gpu(*A10, "-q"), CONFIG, how)
+    assert light_cloud.core.count(LAUNCHES) == 0
+    assert light_cloud.core.account.keys == {}

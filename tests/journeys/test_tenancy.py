@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import keys, runs
-from tests.cloud import Cloud, Timings
+from orchestrator import clock, keys, rentals, runs
+from tests.cloud import Cloud, Fault, Timings
 from tests.journeys.hurried import begun, document, gpu
 from tests.waiting import until
 
@@ -168,3 +168,118 @@ def test_nothing_is_rented_for_a_job_that_cannot_work(quick: Cloud, tmp_path: Pa
     assert unsaid.returncode == 2
     assert "-y" in unsaid.stderr
     assert quick.core.count("/instance-operations/launch") == 0
+
+
+SHORT = {"ssh.SshMachine.patience_s": 0.5, "tenancy._SURE_S": 2.0, "tenancy._LOOK_S": 0.2, "vanishing._TWICE_S": 0.2}
+
+
+def followed(quick: Cloud, number: int, *more: str) -> Any:
+    """A command that follows its run, which makes rows; and its instance."""
+    before = len(list(runs.remembered()))
+    command = begun("run", *A10, *more, *count(number), waits=SHORT)
+    until(lambda: len(list(runs.remembered())) > before and lines_home(newest().run_id) > 3, 60)
+    return command, quick.core.ours()[-1]
+
+
+def test_a_computer_that_is_cut_off_ends_no_machine(quick: Cloud) -> None:
+    """Neither machine nor provider answer, so it may be this computer: nothing is ended, and the run goes on there."""
+    command, instance = followed(quick, 300, "--terminate")
+    server = quick.machine(instance.instance_id).sshd
+    quick.fault("not-sent", times=None)
+    server.kill_all()
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 5, said
+    assert "0.75 USD/h" in said
+    quick.core.faults.clear()
+    server.start()
+    done = gpu("resume")
+    assert done.returncode == 0, done.stderr
+    assert len(quick.core.ours()) == 1
+    assert lines_home(newest().run_id) == 300
+    assert billing(quick) == []
+
+
+def test_a_machine_that_comes_back_is_kept(quick: Cloud) -> None:
+    """A machine that does not answer for longer than is waited for, but then does, goes on with its run."""
+    command, instance = followed(quick, 200, "--terminate")
+    server = quick.machine(instance.instance_id).sshd
+    server.kill_all()
+    path = f"/instances/{instance.instance_id}"
+    asked = quick.core.count(path)
+    until(lambda: quick.core.count(path) >= asked + 4)
+    server.start()
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 0, said
+    assert len(quick.core.ours()) == 1
+    assert billing(quick) == []
+
+
+def test_a_machine_that_never_answers_again_is_replaced(quick: Cloud, tmp_path: Path) -> None:
+    """While its provider answers and the machine does not, for minutes, it is ended, and the run goes on elsewhere."""
+    listen(tmp_path)
+    command, instance = followed(quick, 100, "--terminate")
+    quick.machine(instance.instance_id).sshd.kill_all()
+    _, said = command.communicate(timeout=90)
+    assert command.returncode == 0, said
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+    assert [entry["event"] for entry in told(tmp_path)] == ["machine_lost", "run_done"]
+
+
+def test_a_machine_that_vanishes_while_it_is_sent_its_files_is_replaced(quick: Cloud) -> None:
+    """Gone before the run began there: it begins on the next one."""
+    Path("big.bin").write_bytes(bytes(range(256)) * 1_600_000)
+    command = begun("run", *A10, "--terminate", "--need", "big.bin", *count(5), waits=SHORT)
+    until(lambda: rentals.known() and rentals.known()[0].record.state == "ready", 60)
+    (instance,) = quick.core.ours()
+    instance.faults["vanishes"] = Fault("vanishes", seconds=clock.timestamp() - instance.active_at)
+    _, said = command.communicate(timeout=90)
+    assert command.returncode == 0, said
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+
+
+def test_further_machines_share_hours_and_budget(quick: Cloud) -> None:
+    """What the first machine took is taken off for the next; what is typed with a resume counts from then on."""
+    quick.fault("vanishes", seconds=8.0)
+    done = gpu("run", *A10, "--max-hours", "2", "--budget", "5", *count(100), waits=SHORT)
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(rentals.known(), key=lambda rental: rental.record.made_at)
+    caps, left = first.caps(), second.caps()
+    assert (caps.max_hours, caps.budget_usd) == (2, 5)
+    assert 1.98 < (left.max_hours or 0) < 2 - 5 / 3600
+    assert left.budget_usd == pytest.approx(5 - 0.0125)
+    assert gpu("terminate", second.name, "-y").returncode == 0
+    run = newest()
+    run.save(state="lost")
+    again = gpu("resume", *A10[:3], "--max-hours", "1", "--budget", "3", "--detach")
+    assert again.returncode == 0, again.stderr
+    third = rentals.choose(newest().record.machine).caps()
+    assert (third.max_hours, third.budget_usd) == (1, 3)
+    assert gpu("terminate", "--all", "--discard", "-y").returncode == 0
+
+
+def test_machines_are_not_replaced_without_end(quick: Cloud) -> None:
+    """When one after the other vanishes, the run ends as lost, which its exit code says, and nothing is rented."""
+    quick.fault("vanishes", seconds=5.0, times=None)
+    done = gpu("run", *A10, "--terminate", *count(4000), waits={**SHORT, "tenancy._MACHINES_MAX": 2})
+    assert done.returncode == 5, done.stderr
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+    assert newest().record.state in ("lost", "planned")  # where the last one vanished before the run had begun there
+
+
+def test_a_machine_that_was_ended_on_purpose_is_not_replaced(quick: Cloud) -> None:
+    """Given back by hand, or by its guard at the deadline, while its run is followed: nothing more is rented."""
+    command, _ = followed(quick, 4000)
+    assert gpu("terminate", newest().record.machine, "--discard", "-y").returncode == 0
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 5, said
+    command, instance = followed(quick, 4000, "--max-hours", "5")
+    rental = rentals.choose(newest().record.machine)
+    rental.save(deadline=clock.timestamp() - 1)
+    instance.faults["vanishes"] = Fault("vanishes", seconds=clock.timestamp() - instance.active_at)
+    _, said = command.communicate(timeout=60)
+    assert command.returncode in (5, 10), said
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []

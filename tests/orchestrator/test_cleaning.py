@@ -148,3 +148,17 @@ def test_a_key_that_went_meanwhile_is_success(account: Account) -> None:
     cleaning.remove(left)
     assert [name for _, name in left.keys] == [key]
     assert [words for words in left.words() if key in words]
+
+
+def test_a_machine_rented_since_the_look_stays(account: Account) -> None:
+    """Between the look and the yes another machine of that name was rented: its keys and its record stay."""
+    made("box", "gone")
+    left = cleaning.look()
+    assert left.machines == ["box"]
+    again = made("box", "booting", instance_id="a1")
+    (again.folder / "key").write_text("a key")
+    cleaning.remove(left)
+    assert (again.folder / "key").exists()
+    found = rentals.find("box")
+    assert found is not None
+    assert found.record.instance_id == "a1"

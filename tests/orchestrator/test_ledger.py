@@ -112,3 +112,14 @@ def test_it_is_private() -> None:
     """Nobody else can read what was spent."""
     ledger.open_lease(FIRST)
     assert ledger.path().stat().st_mode & 0o077 == 0
+
+
+def test_what_was_taken_for_nothing_and_came_late_is_closed_in_the_end() -> None:
+    """A request that made nothing, as far as was known, closes no lease: the instance that comes late has its own."""
+    ledger.close_lease("gpu-1", 50.0)
+    ledger.open_lease(Lease("gpu-1", "box", "lambda", 1.0, 10.0))
+    (late,) = ledger.leases()
+    assert late.closed_at is None
+    ledger.close_lease("gpu-1", 100.0)
+    (late,) = ledger.leases()
+    assert late.closed_at == 100.0

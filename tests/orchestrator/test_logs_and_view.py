@@ -201,6 +201,19 @@ def test_a_score_counts_what_was_home_before(capsys: pytest.CaptureFixture[str],
     assert "2 of 8 rows home · score 0.500" in capsys.readouterr().err
 
 
+def test_a_mirror_in_trouble_is_said_once() -> None:
+    """That a mirror takes no copies is said, with the reason, when it is first known, and not at every status."""
+
+    def said(mirror: object) -> str:
+        return view.spoken({"whole": "attempts/0001/status.json"}, json.dumps({"mirror": mirror}).encode())
+
+    assert said({"target": "/nfs", "failed": None}) == ""
+    assert said({"target": "/nfs", "failed": "disk \x1b[2J full"}).startswith("THE MIRROR /nfs TAKES NO COPIES: disk")
+    assert said({"target": "/nfs", "failed": "disk \x1b[2J full"}) == ""
+    assert "\x1b" not in said({"target": "/nfs", "failed": "another \x1b[2J trouble"})
+    assert said("nonsense") == said(["x"]) == said(None) == ""
+
+
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Asked to be quiet, nothing is printed whatever comes."""
     with view.watching(tmp_path / "rows.jsonl", quiet=True) as news:

@@ -14,10 +14,13 @@ from orchestrator import clock, keys, ledger, money, rentals
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.ledger import Lease
 from orchestrator.providers.base import Need, Offer
+from orchestrator.providers.lambda_cloud import LambdaCloud
 from orchestrator.rentals import Caps, Terms
 
 PRICES = st.integers(1, 5000).map(lambda cents: cents / 100)
 BUDGETS = st.floats(0.001, 10_000, allow_nan=False)
+ACCOUNT = LambdaCloud("secret_0123456789")
+"""Billed afterwards; a machine of it boots in five minutes."""
 OFFER = Offer("lambda", "x@r", "x", "A10", 1, 24.0, 1, 1.0, 1.0, "r", price_usd_per_hour=0.75)
 
 
@@ -57,8 +60,8 @@ def test_the_first_cap_that_is_reached_counts(max_hours: float | None, budget: f
 def test_a_budget_below_the_boot_is_refused() -> None:
     """A budget that is gone before the machine is up buys nothing; one that is a little more is allowed."""
     with pytest.raises(UsageError, match=r"buys 4 minutes of x at 0\.75 USD/h"):
-        money.check(OFFER, Caps(12.0, 30.0, 0.06), 5.0)
-    money.check(OFFER, Caps(12.0, 30.0, 0.0625), 5.0)
+        money.check(OFFER, Caps(12.0, 30.0, 0.06), ACCOUNT)
+    money.check(OFFER, Caps(12.0, 30.0, 0.0625), ACCOUNT)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +79,18 @@ def test_a_limit_holds(limits: dict[str, float], caps: Caps, words: str) -> None
     """Each limit refuses what is above it, and what has no end; the error names the limit."""
     allow(**limits)
     with pytest.raises(ConfigError) as caught:
-        money.check(OFFER, caps, 5.0)
+        money.check(OFFER, caps, ACCOUNT)
     assert words in caught.value.message
     assert "Nothing was rented" in caught.value.message
 
 
 def test_what_is_within_every_limit_may_be_rented() -> None:
     """A launch at exactly its limits is allowed, and one without a config file."""
-    money.check(OFFER, Caps(None, None, None), 5.0)
+    money.check(OFFER, Caps(None, None, None), ACCOUNT)
     allow(usd_per_hour=0.75, usd_per_machine=9.0, usd_per_month=9.0)
-    money.check(OFFER, Caps(), 5.0)
+    money.check(OFFER, Caps(), ACCOUNT)
     allow(usd_per_hour=0.75, usd_per_machine=1.0)
-    money.check(OFFER, Caps(12.0, 30.0, 1.0), 5.0)
+    money.check(OFFER, Caps(12.0, 30.0, 1.0), ACCOUNT)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_no_limit_is_passed_over_in_silence(text: str) -> None:
     """A config file whose limits cannot be read refuses a launch, and is named."""
     keys.user_config().write_text(text)
     with pytest.raises(ConfigError) as caught:
-        money.check(OFFER, Caps(), 5.0)
+        money.check(OFFER, Caps(), ACCOUNT)
     assert str(keys.user_config()) in caught.value.message
 
 
@@ -123,15 +126,15 @@ def test_what_is_rented_already_counts_to_its_deadline() -> None:
     facts = {"offer": asdict(OFFER), "asked_at": clock.timestamp()}
     for state in ("launching", "booting", "ready", "stopping"):
         open_one.save(state=state, deadline=clock.timestamp() + 14.6 * 3600, **facts)
-        money.check(OFFER, Caps(), 5.0)  # 10.95 and 9.00
+        money.check(OFFER, Caps(), ACCOUNT)  # 10.95 and 9.00
         open_one.save(deadline=clock.timestamp() + 14.7 * 3600)
         with pytest.raises(ConfigError, match=r"up to 11\.0\d by what is rented already"):
-            money.check(OFFER, Caps(), 5.0)
+            money.check(OFFER, Caps(), ACCOUNT)
     open_one.save(deadline=None)
     with pytest.raises(ConfigError, match="without end by what is rented already"):
-        money.check(OFFER, Caps(), 5.0)
+        money.check(OFFER, Caps(), ACCOUNT)
     open_one.save(state="gone")
-    money.check(OFFER, Caps(), 5.0)
+    money.check(OFFER, Caps(), ACCOUNT)
 
 
 def test_only_this_month_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +150,6 @@ def test_only_this_month_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isclose(money.this_month(), 12 + 12, rel_tol=1e-9)
     allow(usd_per_month=32.9)
     with pytest.raises(ConfigError, match=r"24\.00 USD are spent this month"):
-        money.check(OFFER, Caps(), 5.0)
+        money.check(OFFER, Caps(), ACCOUNT)
     allow(usd_per_month=33.1)
-    money.check(OFFER, Caps(), 5.0)
+    money.check(OFFER, Caps(), ACCOUNT)

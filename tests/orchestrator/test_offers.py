@@ -165,6 +165,38 @@ def test_a_name_that_nothing_has_is_a_typo(need: Need, near: str) -> None:
     assert "There are: " in caught.value.hint
 
 
+@pytest.mark.parametrize("asked", ["RTX 4090", "rtx_4090", "B200", "RTX 6000 Ada 48GB"])
+def test_a_gpu_that_is_known_and_not_listed_is_no_typo(asked: str) -> None:
+    """A market lists only what is free: a name that is known to be one is rented out, and may be waited for."""
+    shelf = [entry for entry in SHELF if entry.gpu != "RTX 6000 Ada"]
+    for need in (Need(gpu=asked), Need(type_name=f"1x {asked}")):
+        with pytest.raises(NoCapacity, match="offered just now") as caught:
+            offers.suitable(shelf, need)
+        assert "--wait-capacity" in caught.value.hint
+        assert "A100 SXM4" in caught.value.hint or need.gpu is None
+        with pytest.raises(NoCapacity):
+            offers.suitable([], need)
+
+
+@pytest.mark.parametrize(
+    ("region", "asked", "is_in"),
+    [
+        ("US-California", "US", True),
+        ("US-California", "us-california", True),
+        ("us-east-1", "US", True),
+        ("us-east-1", "us-east-1", True),
+        ("us-east-1", "us-eas", False),
+        ("UK-London", "U", False),
+        ("US-California", "", False),
+        ("US-California", "California", False),
+        (None, "US", False),
+    ],
+)
+def test_a_region_has_parts(region: str | None, asked: str, is_in: bool) -> None:
+    """A region that was typed is the whole one or one it is a part of, in any case; never a piece of a word."""
+    assert offers.is_in(offer(region=region), asked) is is_in
+
+
 def test_a_document_has_every_promised_key() -> None:
     """An offer's document has the keys of the command line's contract; what is not known is null."""
     promised = "provider offer_id gpu count vram_gb vcpus ram_gb disk_gb region price_usd_per_hour spot available"

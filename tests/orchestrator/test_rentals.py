@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs import durable
+from jobs import durable, locks
 from orchestrator import clock, enrolment, inventory, ledger, machines, rentals, ssh_config
 from orchestrator.enrolment import Asked
 from orchestrator.errors import ConfigError, UsageError
@@ -206,7 +206,8 @@ def test_a_machine_costs_what_it_cost_alone() -> None:
         rental.exists(marker)
         ledger.close_lease(marker, clock.timestamp() + 3600)
     assert rental.usd() == pytest.approx(1.2, abs=0.03)
-    assert rental.caps_left() == replace(TERMS.caps, budget_usd=pytest.approx(3.8, abs=0.03))
+    hours = pytest.approx((TERMS.caps.max_hours or 0.0) - 2, abs=0.03)
+    assert rental.caps_left() == replace(TERMS.caps, budget_usd=pytest.approx(3.8, abs=0.03), max_hours=hours)
     rental.save(caps=vars(Caps(None, None, 1.0)))
     assert rental.caps_left().budget_usd == 0
     assert rental.caps_left().hours(0.6) == 0
@@ -263,3 +264,18 @@ def test_documents_have_exactly_the_promised_keys() -> None:
     assert (found["box"]["provider"], found["box"]["cost_usd"]) == (None, 0.0)
     assert inventory.documents("ready") == [inventory.of_rental(ready, [])]
     assert planned.record.state == "planned"
+
+
+def test_a_name_is_taken_until_its_old_machine_is_tidied_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who ends a machine may still be at its folder: no other one takes its place before; and no lock outlives that."""
+    monkeypatch.setattr(rentals, "_LOCK_WAIT_S", 0.05)
+    old = made(state="gone")
+    with old.locked(), pytest.raises(ConfigError, match="Another command"):
+        rentals.create("box", "lambda", TERMS)
+    late = again()
+    waiting = os.open(late.folder / "rental.lock", os.O_RDWR)
+    new = made()
+    monkeypatch.setattr(locks, "take", lambda *_: waiting)
+    with pytest.raises(ConfigError, match="Another command"), late.locked():
+        pass
+    assert again().record == new.record

@@ -290,7 +290,7 @@ def test_settings_may_come_on_standard_input(box: Guarded, cloud: Cloud) -> None
 
 def test_the_deadline_can_be_moved(box: Guarded, cloud: Cloud) -> None:
     """It moves to later and to sooner, not beyond the latest, durably; what is no number moves nothing."""
-    soon, late = time.time() + 1.5, time.time() + 3600
+    soon, late = time.time() + 5.0, time.time() + 3600
     box.arm(deadline=soon, deadline_max=late)
     box.seen(lambda view: view["deadline"] == soon)
     assert box.ask("deadline", {"deadline": late + 9999})["deadline"] == late

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -91,12 +92,20 @@ def test_rows_are_in_the_mirror_while_the_run_goes_on(counting_run: Callable[...
 def test_a_mirror_that_fails_never_stops_the_run(counting_run: Callable[..., Run], tmp_path: Path) -> None:
     """A mirror that is not there is said in the status and the log; the run is done and sealed as without one."""
     made = counting_run(count=10, pace_s=0.05)
-    there = started(made, str(tmp_path / "not-mounted"))
+    there = started(made, str(tmp_path / "not-mounted" / "mirror"))
     assert machine.ended(made).reason == "done"
     assert "is not there" in durable.load_news(there.attempt(1).status)["mirror"]["failed"]
     assert "is not there" in there.mirror_log.read_text("utf-8")
     assert "does not have all of it" in there.supervisor_log.read_text("utf-8")
     assert not (tmp_path / "not-mounted").exists(), "it may be a disk that is not mounted"
+
+
+def test_the_folder_of_a_mirror_is_made_alone(run: rundir.Run, tmp_path: Path) -> None:
+    """A folder that is not there is made; a path of which more is missing is none, and nothing of it is made."""
+    assert once(run, str(tmp_path / "new")).returncode == 0
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
+    assert once(run, str(tmp_path / "not" / "mounted")).returncode != 0
+    assert not (tmp_path / "not").exists()
 
 
 def test_a_mirror_that_is_killed_goes_on(counting_run: Callable[..., Run], mirror: Path) -> None:
@@ -106,7 +115,9 @@ def test_a_mirror_that_is_killed_goes_on(counting_run: Callable[..., Run], mirro
     killed: set[int] = set()
     while there.state().state == "running" and len(killed) < 3:
         for path in Path("/proc").glob("[0-9]*"):
-            words = (path / "cmdline").read_bytes() if (path / "cmdline").exists() else b""
+            words = b""
+            with contextlib.suppress(OSError):  # it may end while it is looked at
+                words = (path / "cmdline").read_bytes()
             if b"\0mirror\0" in words and str(there.folder).encode() in words and int(path.name) not in killed:
                 os.kill(int(path.name), signal.SIGKILL)
                 killed.add(int(path.name))

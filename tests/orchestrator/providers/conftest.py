@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.providers.lambda_cloud import LambdaCloud
+from orchestrator.providers.vast import VastCloud
 from tests.orchestrator.providers.loopback import Server, Time
 
 KEY = "secret_k3y-Value.0123456789"
@@ -32,3 +33,11 @@ def cloud(server: Server, time: Time, monkeypatch: pytest.MonkeyPatch) -> Lambda
     """Lambda Cloud as played by the server."""
     monkeypatch.setenv("GPU_LAMBDA_URL", server.url)
     return LambdaCloud(KEY)
+
+
+@pytest.fixture
+def vast(server: Server, time: Time, monkeypatch: pytest.MonkeyPatch) -> VastCloud:
+    """Vast.ai as played by the server, which is a registry of images, too."""
+    monkeypatch.setenv("GPU_VAST_URL", server.url)
+    monkeypatch.setenv("GPU_REGISTRY_URL", server.url)
+    return VastCloud(KEY)

@@ -59,7 +59,7 @@ class Server:
                 server.asked.append(asked)
                 server.play(self, server.script.pop(0) if server.script else server.usual(asked))
 
-            do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 -- as http.server calls it
+            do_HEAD = do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815 -- as http.server calls it
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -85,7 +85,7 @@ class Server:
             for name, value in {**length, **answer.headers}.items():
                 handler.send_header(name, value)
             handler.end_headers()
-            for piece in self.pieces(data, answer.fault):
+            for piece in self.pieces(data if handler.command != "HEAD" else b"", answer.fault):
                 handler.wfile.write(piece)
 
     def pieces(self, data: bytes, fault: str) -> Iterator[bytes]:

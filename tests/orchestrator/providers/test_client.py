@@ -292,6 +292,51 @@ def test_nothing_half_a_secret_is_quoted(server: Server, time: Time) -> None:
     assert len(made.hide("ü" * 10_000)) == 301
 
 
+def test_an_answer_that_lacks_what_it_needs(server: Server, time: Time) -> None:
+    """A call may name what its answer must have: without it a good answer says nothing, and a bad one is as it was."""
+    needing = Call("GET", "/x", needs="offers")
+    for body in ({"data": []}, {"data": [], "offer": 1}):
+        server.usual = lambda _, body=body: Scripted(200, body)
+        reply = client(server.url).once(needing)
+        assert (reply.outcome, "without offers" in reply.words) == ("unclear", True)
+    server.usual = lambda _: Scripted(200, {"data": [], "offers": None})
+    assert client(server.url).once(needing).outcome == "ok"
+    server.usual = lambda _: Scripted(404, error("global/not-found"))
+    assert client(server.url).once(needing).outcome == "refused"
+
+
+def test_a_final_status_is_not_asked_again(server: Server, time: Time) -> None:
+    """A status that a call names as final ends it, whatever the answer looks like."""
+    server.usual = lambda _: Scripted(404, HTML)
+    final = Call("GET", "/x", final_statuses=(404,))
+    assert (client(server.url).repeat(final).outcome, len(server.asked)) == ("unclear", 1)
+
+
+def test_too_often_may_be_said_in_words(server: Server, time: Time) -> None:
+    """What a provider's own reader calls too often is limited, whatever the status: nothing was done."""
+    api = Api("lambda", "L", server.url, KEY, lambda status, document: Complaint("slow", "slow down", limited=True))
+    for status in (200, 400, 503):
+        server.usual = lambda _, status=status: Scripted(status, {})
+        assert Client(api).once(WRITE).outcome == "limited"
+
+
+def test_nobodys_request_has_no_key(
+    server: Server, time: Time, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request without a key has no authorization at all, from a .netrc neither; its answer may be kept short."""
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password netrc-secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    server.usual = lambda _: Scripted(200, b"x" * 5000)
+    for direct in (True, False):
+        answer = exchange.exchange(exchange.Request("GET", server.url, None, {}, direct=direct, body_max_bytes=5000))
+        assert isinstance(answer, exchange.Answer)
+        assert answer.body == b"x" * 5000
+        answer = exchange.exchange(exchange.Request("GET", server.url, None, {}, direct=direct, body_max_bytes=4999))
+        assert isinstance(answer, exchange.Answer)
+        assert answer.body is None
+    assert not [asked for asked in server.asked if "Authorization" in asked.headers]
+
+
 def test_too_much_is_not_read(server: Server, time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless answer ends at a limit, and is no answer."""
     monkeypatch.setattr(exchange, "_BODY_MAX_BYTES", 10_000)

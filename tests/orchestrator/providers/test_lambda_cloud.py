@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.errors import ConfigError, NoCapacity, ProviderDown, Refused
 from orchestrator.providers import lambda_cloud
-from orchestrator.providers.base import MARKER_TAG, Instance, Need, Offer, Order, new_marker
+from orchestrator.providers.base import MARKER_TAG, Endpoint, Instance, Need, Offer, Order, new_marker
 from orchestrator.providers.lambda_cloud import LambdaCloud
 from tests.orchestrator.providers.loopback import HTML, Scripted, Server, Time, error
 
@@ -126,8 +126,7 @@ def test_one_instance(cloud: LambdaCloud, server: Server) -> None:
         state="ready",
         raw_state="active",
         user="ubuntu",
-        host="198.51.100.2",
-        port=22,
+        endpoints=(Endpoint("198.51.100.2", 22),),
         type_name="gpu_1x_a10",
         region="us-west-1",
         price_usd_per_hour=0.75,

@@ -69,7 +69,7 @@ def test_the_table_imports_nothing_heavy() -> None:
     """Looking at the clouds' table, or making one, imports neither requests nor tenacity."""
     script = (
         "import sys; from orchestrator import providers; "
-        "providers.PROVIDERS['lambda'].make('some-long-key'); "
+        "providers.PROVIDERS['lambda'].kind()('some-long-key'); "
         "print([name for name in ('requests', 'tenacity', 'urllib3') if name in sys.modules])"
     )
     words = [sys.executable, "-c", script]

@@ -43,6 +43,20 @@ def test_calls_keep_their_distance(time: Time) -> None:
     assert time.now - start == pytest.approx(15, abs=1e-3)
 
 
+def test_some_calls_may_come_together(time: Time) -> None:
+    """Of a lane with three calls in a minute, three come at once, and no four within any minute."""
+    lane = Lane("search", 60.0, 3)
+    moments = []
+    for pause_s in (0, 0, 10, 0, 0, 5, 0, 0):
+        time.now += pause_s
+        time.since += pause_s
+        assert take_turn("a", lane)
+        moments.append(time.now)
+    assert moments[2] - moments[0] == 10
+    assert all(later - earlier >= 60 for earlier, later in zip(moments, moments[3:], strict=False))
+    assert moments[-1] - moments[0] < 3 * 60 + 10
+
+
 @pytest.mark.parametrize("back_s", [0.5, 3600, 10**9])
 def test_a_clock_that_was_set_back_delays_once(time: Time, back_s: float) -> None:
     """After the clock went back, one interval is waited, not the time it went back by."""
