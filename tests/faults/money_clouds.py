@@ -127,6 +127,6 @@ def is_on_its_way_out(one: Rented) -> bool:
     return "refused-yet-made" in one.faults and one.costs_until is not None
 
 
-def is_out_of_sight(one: Rented) -> bool:
-    """Whether nothing but a whole audit can find it: it bears no deadline, and never began with its guard."""
-    return isinstance(one, VastInstance) and (not is_guarded(one) or one.up_at is None)
+def is_out_of_sight(one: Rented, now: float) -> bool:
+    """Whether nothing but a whole audit can find it: it bears no deadline, no record may know it, no guard runs."""
+    return isinstance(one, VastInstance) and (is_second(one) or not is_guarded(one) or not one.runs(now))

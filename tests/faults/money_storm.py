@@ -203,7 +203,7 @@ def end(laptop: Laptop, way_out: str) -> None:
     world.ssh_trouble = 0.0
     WAYS_OUT[way_out](laptop)
     left = world.unended()
-    if left and all(is_out_of_sight(one) for one in left):
+    if left and all(is_out_of_sight(one, world.clock()) for one in left):
         Laptop(world, "auditor").until_well("audit")
         left = world.unended()
     world.judge(not left, f"LEAKED after {way_out}: {[(one.name, sorted(one.faults)) for one in left]}")

@@ -139,7 +139,8 @@ class World:
         marker, name = money_clouds.marker_of(order), money_clouds.name_told(order)
         self.judge(marker not in self.sent, f"the paid request {marker} was sent twice")
         self.sent.append(marker)
-        others = [one for one in self.still_billing() if name_of(one) == name and not money_clouds.is_second(one)]
+        known = (one for one in self.still_billing() if name_of(one) == name)
+        others = [one for one in known if not (money_clouds.is_second(one) or money_clouds.is_on_its_way_out(one))]
         self.judge(not others, f"{name} was asked for while {len(others)} of it cost money")
         record = durable.load_news(machines.folder(name) / "rental.json")
         kept = (record.get("state"), record.get("marker"), record.get("instance_id"))
