@@ -226,7 +226,10 @@ class Provider(Protocol):
         ...
 
     def ensure_key(self, public_key: str, name: str) -> str:
-        """Have a public key in the account; returns the name it has there. The same key twice is the same name."""
+        """Have a public key in the account; returns the name it has there. The same key twice is the same name.
+
+        Where keys are let into each instance alone, by `admit`, nothing is put there, and the name is as given.
+        """
         ...
 
     def key_names(self) -> list[str]:

@@ -13,9 +13,11 @@ from types import TracebackType
 from orchestrator import ssh_config
 from orchestrator.errors import BadAnswer, HostKeyChanged, LoginRefused, NotReachable
 from tests.cloud.instance import Instance
+from tests.cloud.vast_instance import VastInstance
 
 _KIND = "ssh-ed25519"
 _HANGS_S = 30.0
+Rented = Instance | VastInstance
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class HostKey:
 class Room:
     """Where the machines are: who finds one by its address, and what befalls each contact with it."""
 
-    at: Callable[[str], Instance | None]
+    at: Callable[[str, int], Rented | None]
     now: Callable[[], float]
     contact: Callable[[str], None]
     """Called before anything is said to a machine; raises what befalls it."""
@@ -53,32 +55,36 @@ class Room:
 
     def machine(self, folder: Path, root: Path, python: str, *_: object) -> LightMachine:
         """Stands for `SshMachine(folder, root, python, …)`."""
-        return LightMachine(self, folder)
+        return LightMachine(self, folder, root, python)
 
     def host_key(self, host: str, port: int) -> HostKey:
         """Stands for `ssh.host_key`."""
         self.contact("host key")
-        return HostKey(self.shown_key(self.reached(host)))
+        return HostKey(self.shown_key(self.reached(host, port)))
 
-    def reached(self, host: str) -> Instance:
+    def reached(self, host: str, port: int) -> Rented:
         """The instance at an address, whose sshd listens; NotReachable when there is none."""
-        found, now = self.at(host), self.now()
+        found, now = self.at(host, port), self.now()
         if found is None or not found.runs(now) or now < found.sshd_at:
             raise NotReachable(f"{host} does not answer.")
         return found
 
-    def shown_key(self, instance: Instance) -> str:
-        """The host key that an instance shows now: the one it was given, unless a fault has it otherwise."""
+    def shown_key(self, instance: Rented) -> str:
+        """The host key that an instance shows now: its own or that it was given, unless a fault has it otherwise."""
+        if isinstance(instance, VastInstance):
+            is_other = "other-host-key" in instance.faults and instance.instance_id in self.logins
+            return own_key(instance.instance_id[::-1] if is_other else instance.instance_id)
         given: str = json.loads(instance.order["user_data"].partition("\n")[2])["ssh_keys"]["ed25519_public"].split()[1]
         faults = instance.faults
         if "ignores-host-key" in faults or "ignores-user-data" in faults:
-            return _own_key(instance.instance_id)
+            return own_key(instance.instance_id)
         if "other-host-key" in faults and instance.instance_id in self.logins:
-            return _own_key(instance.instance_id[::-1])
+            return own_key(instance.instance_id[::-1])
         return given
 
 
-def _own_key(seed: str) -> str:
+def own_key(seed: str) -> str:
+    """The host key of a machine that made its own."""
     blob = b"".join(
         len(part).to_bytes(4, "big") + part for part in (_KIND.encode(), hashlib.sha256(seed.encode()).digest())
     )
@@ -88,10 +94,9 @@ def _own_key(seed: str) -> str:
 class LightMachine:
     """A machine of a record's folder, reached by what its ssh_config, known_hosts and key say."""
 
-    root = Path("/home/ubuntu/.gpu")
-
-    def __init__(self, room: Room, folder: Path) -> None:
+    def __init__(self, room: Room, folder: Path, root: Path, python: str) -> None:
         self.name = folder.name
+        self.root, self.python = root, python
         self._room = room
         self._folder = folder
 
@@ -117,34 +122,45 @@ class LightMachine:
             return b"90000000\n"
         if words[:2] == ["sh", "-c"] and "say home" in words[2]:
             return _probed(instance).encode()
+        if words[-2:-1] == ["guard"] and isinstance(instance, VastInstance):
+            return _guard(instance).encode()
         raise NotReachable(f"A light machine has nothing to say to {words[:3]}.")
 
     def push_agent(self, store: Path, name: str) -> None:
-        """No run works on a light machine."""
-        raise NotReachable("A light machine takes no code.")
+        """No run works on a light machine; a container takes the code that looks at its guard."""
+        self._room.contact("push")
+        if not isinstance(self._let_in(), VastInstance):
+            raise NotReachable("A light machine takes no code.")
 
-    def _let_in(self) -> Instance:
+    def _let_in(self) -> Rented:
         """The instance that is logged in to."""
         settings = ssh_config.settings((self._folder / "ssh_config").read_text(encoding="utf-8"))
-        instance = self._room.reached(settings["hostname"])
+        instance = self._room.reached(settings["hostname"], int(settings.get("port", "22")))
         pinned = (self._folder / "known_hosts").read_text(encoding="ascii").split()[2]
         if self._room.shown_key(instance) != pinned:
             raise HostKeyChanged("It shows another host key. Nothing was sent.")
-        denied = instance.faults.get("publickey-denied")
         own = (self._folder / "key.pub").read_text(encoding="ascii").split()[:2]
-        has_key = (self._folder / "key").exists() and own == instance.public_key.split()[:2]
-        if not has_key or (denied and self._room.now() < instance.sshd_at + denied.seconds):
+        known = [line.split()[:2] for line in _let_in_by(instance, self._room.now())]
+        if not (self._folder / "key").exists() or own not in known:
             raise LoginRefused("It does not accept the key. Nothing was sent.")
         self._room.logins.add(instance.instance_id)
         return instance
 
 
-def is_as_paid(instance: Instance) -> bool:
+def _let_in_by(instance: Rented, now: float) -> list[str]:
+    """The public keys that are let in now."""
+    if isinstance(instance, VastInstance):
+        return instance.lets_in(now)
+    denied = instance.faults.get("publickey-denied")
+    return [] if denied and now < instance.sshd_at + denied.seconds else [instance.public_key]
+
+
+def is_as_paid(instance: Rented) -> bool:
     """Whether a machine is what was paid for, by the faults it has."""
-    return not any(name.startswith(("smi-", "cuda-")) for name in instance.faults)
+    return not any(name.startswith(("smi-", "cuda-", "wrong-", "delivers-")) for name in instance.faults)
 
 
-def _smi(instance: Instance, wait: Callable[[float], None], deadline_s: float) -> str:
+def _smi(instance: Rented, wait: Callable[[float], None], deadline_s: float) -> str:
     gpus, faults = instance.gpus, instance.faults
     if "smi-hangs" in faults:
         wait(min(deadline_s, faults["smi-hangs"].seconds))
@@ -157,13 +173,18 @@ def _smi(instance: Instance, wait: Callable[[float], None], deadline_s: float) -
     return f"{name}, {memory_mib}\n" * count
 
 
-def _cuda(instance: Instance) -> str:
+def _cuda(instance: Rented) -> str:
     if not instance.gpus.count:
         return "none\n"
     return f"{instance.faults['cuda-error'].detail or 802 if 'cuda-error' in instance.faults else 0}\n"
 
 
-def _probed(instance: Instance) -> str:
+def _probed(instance: Rented) -> str:
     told = ["home=/home/ubuntu", "system=Linux x86_64", "python=3.10 /usr/bin/python3", "writable=yes"]
     gpus = [f"gpu={instance.gpus.name}"] * instance.gpus.count
     return "\n".join([*told, "free_kb=90000000", *gpus, "end=yes", ""])
+
+
+def _guard(instance: VastInstance) -> str:
+    alive = "ignores-user-data" not in instance.faults
+    return json.dumps({"alive": alive, "phase": "armed", "deadline": None, "last_error": ""})

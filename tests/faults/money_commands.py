@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
-from orchestrator import audit, enforcing, inventory, providers, rentals, renting, returning
+from orchestrator import audit, enforcing, inventory, market, providers, rentals, renting, returning
 from orchestrator.errors import GpuError, MayCost
-from orchestrator.providers.base import Need
+from orchestrator.providers.base import Need, Provider
 from orchestrator.rentals import ENDED, Caps
 from orchestrator.renting import Wish
+from tests.faults.money_clouds import NAME
 
-NAME = "box"
+SPOT_VARIABLE = "GPU_STORM_SPOT"
+"""Set: what is launched is bid for."""
 HOURS = 2.0
 """Until the machine's deadline."""
 
@@ -25,7 +28,7 @@ def _enforced() -> None:
 
 def _launch(*, until_rented: bool = False) -> None:
     _enforced()
-    wish = Wish(Need(gpu="A100"), Caps(max_hours=HOURS))
+    wish = Wish(Need(gpu="A100", spot=SPOT_VARIABLE in os.environ), Caps(max_hours=HOURS))
     account, _ = renting.plan(wish)
     renting.go_on(renting.rent(NAME, wish, account), _quiet, wait_capacity=False, until_rented=until_rented)
 
@@ -62,13 +65,22 @@ def _terminate() -> None:
 
 
 def _audit(*, past_cap_only: bool = False) -> None:
-    account = providers.open("lambda")
+    errors = []
+    for account in market.accounts(None):
+        try:
+            errors += _audited(account, past_cap_only=past_cap_only)
+        except GpuError as error:
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.exit_code)
+
+
+def _audited(account: Provider, *, past_cap_only: bool) -> list[GpuError]:
     found = audit.look(account, past_cap_only=past_cap_only)
     errors = audit.fix(account, found, _quiet) if found else []
     if found and audit.look(account, past_cap_only=past_cap_only):
         errors.append(MayCost("something was found, and is still there"))
-    if errors:
-        raise max(errors, key=lambda error: error.exit_code)
+    return errors
 
 
 def _status() -> None:

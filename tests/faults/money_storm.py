@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from orchestrator import idleness, inventory, ledger, machines, rentals
 from orchestrator.errors import AuthRejected, GpuError, MayCost, ProviderError
 from orchestrator.rentals import ENDED
 from tests.cloud import Fault, Timings
+from tests.cloud.core import Core
+from tests.cloud.vast_cloud import VastCloud
 from tests.faults.light_machines import is_as_paid
-from tests.faults.money_commands import COMMANDS, HOURS, NAME
+from tests.faults.money_clouds import is_dearer, is_on_its_way_out, is_out_of_sight
+from tests.faults.money_commands import COMMANDS, HOURS, NAME, SPOT_VARIABLE
 from tests.faults.money_world import Killed, Process, World, name_of
 
 SEED_VARIABLE = "GPU_STORM_SEED"
@@ -24,6 +28,8 @@ _SETTLED_S = 200.0
 _FORGOTTEN_S = 700.0
 _AGAIN_S = 400.0
 _AGAIN_MAX = 8
+_ROUNDED_USD = 1e-5
+"""Offers of a market round their prices."""
 _LOST = ("vanishes", "preempted", "goes-unhealthy")
 
 
@@ -73,7 +79,7 @@ class Laptop:
         """Type a command, which may be killed at one of its effects."""
         world, error, was_killed = self.world, None, False
         world.process = Process(dies_at)
-        before = {one.instance_id for one in world.core.still_billing()}
+        before = {one.instance_id for one in world.still_billing()}
         with self.at():
             rental = rentals.find(NAME)
             was_ready = rental is not None and rental.record.state == "ready"
@@ -98,7 +104,7 @@ class Laptop:
         if ended.is_well:
             self._judge_ready()
         elif isinstance(ended.error, (ProviderError, AuthRejected)) and not (ended.command == "launch" and before):
-            left = [one for one in world.core.still_billing() if name_of(one) == NAME]
+            left = [one for one in world.still_billing() if name_of(one) == NAME and not is_on_its_way_out(one)]
             world.judge(not left, f"{ended.command} said that nothing is rented ({ended.error}), but it is")
 
     def _judge_ready(self) -> None:
@@ -108,7 +114,10 @@ class Laptop:
         if record is None or record.state != "ready":
             world.judge(False, f"a launch returned without a machine that is ready: {record and record.state}")
             return
-        instance = world.core.instances[record.instance_id or ""]
+        instance = world.instance(record.instance_id)
+        if instance is None:
+            world.judge(False, f"a launch returned with an instance that never was: {record.instance_id}")
+            return
         lives = instance.bill(world.clock()).ended is None or any(name in instance.faults for name in _LOST)
         world.judge(lives, "a launch returned with a machine that has ended")
         world.judge(is_as_paid(instance), f"a launch returned with a machine that has {list(instance.faults)}")
@@ -189,17 +198,21 @@ WAYS_OUT: dict[str, Callable[[Laptop], None]] = {
 def end(laptop: Laptop, way_out: str) -> None:
     """The storm is over: nothing more goes wrong, the user does one thing, and every promise is looked at."""
     world = laptop.world
-    world.core.faults.clear()
+    for core in world.cores:
+        core.faults.clear()
     world.ssh_trouble = 0.0
     WAYS_OUT[way_out](laptop)
     left = world.unended()
+    if left and all(is_out_of_sight(one, world.clock()) for one in left):
+        Laptop(world, "auditor").until_well("audit")
+        left = world.unended()
     world.judge(not left, f"LEAKED after {way_out}: {[(one.name, sorted(one.faults)) for one in left]}")
     _settle(laptop)
-    for marker, count in world.core.per_name().items():
-        lone = all("doubled" not in one.faults for one in world.core.ours() if one.name == marker)
+    for marker, count in Counter(one.asked_name for one in world.ours()).items():
+        lone = all("doubled" not in one.faults for one in world.ours() if one.asked_name == marker)
         world.judge(count == 1 or not lone, f"{count} instances bear the marker {marker}")
-    world.judge(not world.core.touched_foreign, "a foreign instance was touched")
-    foreign = [one for one in world.core.instances.values() if one.is_foreign]
+    world.judge(not any(core.touched_foreign for core in world.cores), "a foreign instance was touched")
+    foreign = [one for core in world.cores for one in core.instances.values() if one.is_foreign]
     world.judge(all(one.ending_at is None for one in foreign), "a foreign instance was ended")
     for folder in sorted(world.folder.iterdir()):
         _judge_ledger(world, folder)
@@ -220,16 +233,18 @@ def _judge_ledger(world: World, home: Path) -> None:
         leases = {lease.instance_id: lease for lease in ledger.leases()}
         remembered = {rental.record.instance_id for rental in rentals.known()} - {None}
     world.judge(remembered <= set(leases), f"{home.name} remembers instances that its ledger does not know")
-    for bill in world.core.bills():
+    for one in world.ours():
+        bill = one.bill(world.clock())
         lease = leases.get(bill.instance_id)
         if lease is None or (lease.closed_at is None and home.name != "laptop"):
             continue
         words = f"the ledger of {home.name} for {bill.name}: {lease.opened_at} to {lease.closed_at}, billed {bill}"
         begins, closed_at = lease.opened_at <= bill.began, lease.closed_at
         covers = closed_at is not None and bill.ended is not None and closed_at >= bill.ended
-        world.judge(begins and covers and lease.usd() >= float(bill.cents) / 100 - 1e-9, words)
+        pays = is_dearer(one) or lease.usd() >= float(bill.cents) / 100 - _ROUNDED_USD
+        world.judge(begins and covers and pays, words)
     if home.name == "laptop":
-        known = {one.instance_id for one in world.core.ours()}
+        known = {one.instance_id for one in world.ours()}
         world.judge(all(lease.closed_at is not None for lease in leases.values()), "a lease is open in the end")
         world.judge(set(leases) <= known, "the ledger knows an instance that never was")
 
@@ -240,12 +255,15 @@ def _judge_ledger(world: World, home: Path) -> None:
 def with_foreign(world: World) -> World:
     """The account is used by others, too, some of whose instances have names like ours."""
     for name in (None, "gpu", "gpu-20270115t080000-0123456789AB", "box", "gpu-20270115t080000-0123456789abc"):
-        world.core.add_foreign(name)
-    world.core.add_foreign("theirs", tags=[{"key": "gpu-name", "value": NAME}, {"key": "gpu-deadline", "value": "1"}])
+        for core in world.cores:
+            core.add_foreign(name)
+    for core in (core for core in world.cores if not isinstance(core, VastCloud)):
+        core.add_foreign("theirs", tags=[{"key": "gpu-name", "value": NAME}, {"key": "gpu-deadline", "value": "1"}])
     return world
 
 
 _CALLS = ("", "", "launch", "terminate", "GET /instances$", "GET /instances/", "ssh-keys", "instance-types")
+_CALLS_AT_VAST = ("", "", "^launch$", "^terminate$", "^list$", "^get$", "^offers$", "^account$", "^logs$", "^admit$")
 _NOT_FOR_STORMS = ("clock-skew",)
 _DETAILS: dict[str, tuple[object, ...]] = {
     "failed": (404, 404, 500, 502, 503),
@@ -259,19 +277,27 @@ _DETAILS: dict[str, tuple[object, ...]] = {
     "doubled": ("both",),
     "invisible": (None, "wholly"),
 }
+_DETAILS_AT_VAST: dict[str, tuple[object, ...]] = {
+    "error": (None, "no_such_instance", "invalid_args"),
+    "bad-key": (None, 401, 403, "page"),
+    "no-capacity": (None, 410, 400),
+    "outbid": (None, 60.0, 3000.0),
+    "odd-ports": (None, "list", "empty", "value-null"),
+}
 _SECONDS = {"invisible": 25.0, "hang": 400.0, "lost-hang": 400.0, "terminate-slow": 1500.0, "terminate-late": 1500.0}
 
 
-def random_fault(world: World) -> Fault:
+def random_fault(world: World, core: Core) -> Fault:
     """Any fault of the stand-in's list, at any call that it may befall, some times."""
-    chance, kinds = world.chance, world.core.faults.kinds
+    chance, kinds = world.chance, core.faults.kinds
+    is_vast = isinstance(core, VastCloud)
     what = chance.choice([name for name in kinds if name not in _NOT_FOR_STORMS])
     is_of_calls = kinds[what][0] == "call" and not kinds[what][1]
-    when = chance.choice(_CALLS) if is_of_calls else ""
+    when = chance.choice(_CALLS_AT_VAST if is_vast else _CALLS) if is_of_calls else ""
     lies = what == "error" or what == "bare-instances"
     times = 1 if lies else chance.choice((1, 1, 2, 5, 14))
     seconds = chance.uniform(0.0, _SECONDS.get(what, chance.choice((20.0, 300.0, 2500.0))))
-    detail = chance.choice(_DETAILS.get(what, (None,)))
+    detail = chance.choice((_DETAILS_AT_VAST if is_vast else {}).get(what) or _DETAILS.get(what, (None,)))
     return Fault(what, when, times, chance.choice((0, 0, 1, 3)), seconds=seconds, detail=detail)
 
 
@@ -291,17 +317,40 @@ def random_timings(world: World) -> Timings:
 _TYPED = ("launch", "rent", "again", "again", "again", "terminate", "terminate", "audit", "reap", "status", "cron")
 
 
+def market_of(world: World) -> None:
+    """Whether what is launched is bid for, and what is left to spend, where there is a market."""
+    found = [core for core in world.cores if isinstance(core, VastCloud)]
+    for core in found:
+        core.credit = world.chance.choice((250.0, 250.0, 250.0, 6.0))
+        core.no_keys_status = world.chance.choice((200, 404))
+        core.gone_status = world.chance.choice((200, 404))
+    if found and world.chance.random() < 0.3:
+        world.environment[SPOT_VARIABLE] = "1"
+
+
+def befall(world: World) -> None:
+    """What befalls a machine of a market while nobody types: others bid more, for a while or for ever."""
+    for core in (core for core in world.cores if isinstance(core, VastCloud)):
+        for one in [one for one in core.still_billing() if one.bid is not None]:
+            if world.chance.random() < 0.3:
+                core.outbid(one.instance_id, seconds=world.chance.choice((None, 30.0, 2000.0)))
+
+
 def rage(world: World, seed: int) -> Laptop:
     """One seeded storm: commands typed in any order, faults at any call, deaths at any effect; then a way out."""
     chance, laptop = world.chance, Laptop(with_foreign(world))
-    world.core.timings = random_timings(world)
+    for core in world.cores:
+        core.timings = random_timings(world)
     for _ in range(chance.choice((0, 1, 1, 2, 3, 4))):
-        world.core.faults.add(random_fault(world))
+        core = chance.choice(world.cores) if len(world.cores) > 1 else world.core
+        core.faults.add(random_fault(world, core))
+    market_of(world)
     world.ssh_trouble = chance.choice((0.0, 0.0, 0.2))
     with mock.patch.object(idleness, "too_long", side_effect=lambda _: chance.choice(("", "", "it is idle"))):
         for number in range(chance.randint(1, 5)):
             dies_at = chance.choice((None, chance.randint(1, 20), chance.randint(1, 80), chance.randint(1, 160)))
             laptop.run(chance.choice(_TYPED[: 2 if number == 0 else None]), dies_at)
             world.clock.advance(chance.choice((0.0, 5.0, 60.0, 700.0, 4000.0)))
+            befall(world)
     end(laptop, chance.choice(list(WAYS_OUT)))
     return laptop

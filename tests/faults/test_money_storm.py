@@ -27,6 +27,8 @@ _CHUNK = 500
 _LONG = 110
 """Effects of a journey."""
 _MEMORY = Path("/dev/shm")
+CLOUDS = (("lambda",), ("vast",), ("lambda", "vast"))
+"""Which clouds there are in a storm, by its seed."""
 OUTCOMES = {
     "limited without an end": ("RateLimited", 0),
     "two made of one request": ("done", 2),
@@ -155,7 +157,7 @@ def rage(stage: Stage, first: int, count: int) -> None:
     given = os.environ.get(SEED_VARIABLE)
     for seed in [int(given)] if given else range(first, first + count):
         try:
-            money_storm.rage(stage.begin(seed), seed)
+            money_storm.rage(stage.begin(seed, clouds=CLOUDS[seed % len(CLOUDS)]), seed)
         except BaseException:
             print(f"{SEED_VARIABLE}={seed}", file=sys.stderr)  # noqa: T201
             raise
