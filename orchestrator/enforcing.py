@@ -43,6 +43,7 @@ def enforce(say: Say, *spared: str | None) -> list[GpuError]:
                     returning.at_deadline(rental, market.account_of(rental), say)
             elif rental.record.state == "ready" and rental.name not in spared and (why := _why_over(rental)):
                 say(f"{rental.name} {why}")
+                notices.tell("guard_fired", machine=rental.name, message=f"{rental.name} {why}")
                 with rental.locked():
                     returning.stop_runs(rental)  # a worker that hangs is idle, too
                     returning.give_back(rental, market.account_of(rental), say)

@@ -124,7 +124,7 @@ def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, O
         except (ProviderDown, RateLimited) as error:  # a night's wait outlasts an hour without the provider
             why, words = error, "its provider cannot be asked just now"
         if wait_capacity:
-            say(f"{words} ({look + 1}); looking again in {_CAPACITY_EVERY_S:.0f} s. Ctrl-C ends it")
+            say(f"\r{words} ({look + 1}); looking again in {_CAPACITY_EVERY_S:.0f} s. Ctrl-C ends it")
             rental.save(tried=[entry for entry in rental.record.tried if entry["why"].startswith(BAD)])
             clock.sleep(_CAPACITY_EVERY_S)
     raise _given_up(rental, why)

@@ -108,9 +108,10 @@ def in_turn() -> Iterator[None]:
 
 def _check_limit(name: str, limit: float | None, value: float | None, words: str) -> None:
     if limit is not None and (value is None or value > limit):
+        how = "Take a cheaper one (--max-price)" if name == "usd_per_hour" else "Lower --budget or --max-hours"
         raise ConfigError(
             f"{words}; `limits.{name}` allows {limit:.2f} USD. Nothing was rented.",
-            f"Lower --budget or --max-hours, or raise the limit in {keys.user_config()}",
+            f"{how}, or raise the limit in {keys.user_config()}",
         )
 
 

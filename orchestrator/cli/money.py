@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -65,7 +66,7 @@ def audit(fix: bool, past_cap: bool, **how: Any) -> None:
     for account in market.accounts(None):
         mine = audits.look(account, past_cap_only=past_cap)
         if fix and mine:
-            agree(f"End {mine.count()} of them?", how["yes"])
+            agree("\n".join([*_lines(mine), "End that?"]), how["yes"])
             failures += audits.fix(account, mine, say)
             mine = audits.look(account, past_cap_only=past_cap)
         found.add(mine)
@@ -86,16 +87,20 @@ def _show(found: audits.Findings, as_json: bool) -> None:
     if as_json:
         output.document(found.document())
         return
-    for what, entries in found.document().items():
-        for entry in entries:
-            price = entry["price_usd_per_hour"]
-            cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
-            words = (
-                f"{what.replace('_', ' ')}: {entry['name'] or '?'} {entry['marker']} {entry['instance_id']} at {cost}"
-            )
-            click.echo(plain(words))
+    for words in _lines(found):
+        click.echo(words)
     if not found:
         click.echo("Nothing costs money that is not remembered here, or that is past its caps.")
+
+
+def _lines(found: audits.Findings) -> Iterator[str]:
+    """A line for each."""
+    for what, entries in found.document().items():
+        for entry in entries:
+            price, ends = entry["price_usd_per_hour"], entry["deadline"] or "none"
+            cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+            name = f"{entry['name'] or '?'} {entry['marker']} {entry['instance_id']}"
+            yield plain(f"{what.replace('_', ' ')}: {name} at {cost}, {entry['state']}; its deadline: {ends}")
 
 
 @click.group()

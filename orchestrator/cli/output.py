@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import json
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -32,8 +34,23 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def progress(quiet: bool) -> Callable[[str], None]:
-    """Says what is going on, on standard error; nothing when quiet."""
-    return lambda words: None if quiet else click.echo(plain(words), err=True)
+    """Says what is going on, on standard error; nothing when quiet.
+
+    Words that begin with a carriage return replace one another on a terminal; elsewhere those that say no more than
+    the last ones, but for a number, are left out.
+    """
+    live = ""
+
+    def say(words: str) -> None:
+        nonlocal live
+        before, live = live, re.sub("[0-9]", "", words) if words.startswith("\r") else ""
+        on_terminal = sys.stderr.isatty()
+        if quiet or (live and live == before and not on_terminal):
+            return
+        start = "\r\x1b[K" if before and on_terminal else ""
+        click.echo(f"{start}{plain(words)}", err=True, nl=not (live and on_terminal))
+
+    return say
 
 
 @contextlib.contextmanager

@@ -181,3 +181,23 @@ def test_a_reaper_that_never_ran_is_not_said_to_guard(light_cloud: Cloud) -> Non
     assert "It ran here last at" in shown
     assert "NEVER" not in shown
     assert gpu("terminate", "--all", "-y").returncode == 0
+
+
+def test_a_wait_for_capacity_is_one_line(light_cloud: Cloud) -> None:
+    """On a terminal each look replaces the last one's line; elsewhere the first one stands, whatever comes after."""
+    words = ["launch", "w", "--gpu", "A10", "--region", "us-south-2", "--wait-capacity", "-y", "--no-wait"]
+    waits = {"launching._CAPACITY_EVERY_S": 0.1}
+    ours, theirs = pty.openpty()
+    how = {"env": hurried.environment(waits), "stdin": theirs, "stderr": theirs}
+    at_terminal = subprocess.Popen(hurried.words(*words), stdout=subprocess.DEVNULL, **how)
+    os.close(theirs)
+    elsewhere = hurried.begun(*words[:1], "v", *words[2:], waits=waits)
+    until(lambda: light_cloud.core.count("/instance-types") >= 20)
+    for command in (at_terminal, elsewhere):
+        command.send_signal(signal.SIGINT)
+    shown = os.read(ours, 1 << 16).decode()
+    assert at_terminal.wait(60) == 130
+    os.close(ours)
+    assert "no capacity yet (3)" in shown
+    assert "\n" not in shown[shown.index("no capacity yet (1)") : shown.index("no capacity yet (3)")]
+    assert elsewhere.communicate(timeout=60)[1].count("no capacity yet") == 1

@@ -203,7 +203,9 @@ def test_another_laptop_finds_what_this_one_lost(quick: Cloud, tmp_path: Path, m
     assert looked.returncode == COSTS
     (orphan,) = json.loads(looked.stdout)["orphans"]
     assert {"name": "box", "instance_id": billing(quick)[0], "price_usd_per_hour": 0.75}.items() <= orphan.items()
-    assert gpu("audit", "--fix").returncode == USAGE, "nobody said yes"
+    asked = gpu("audit", "--fix")
+    assert asked.returncode == USAGE, "nobody said yes"
+    assert f"orphans: box {orphan['marker']} {orphan['instance_id']} at 0.75 USD/h" in asked.stderr
     assert gpu("audit", "--fix", "--past-cap", "-y").returncode == 0, "it is not past its cap"
     assert len(billing(quick)) == 1
     assert gpu("audit", "--fix", "-y").returncode == 0
