@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import guarding, machines, market, on_machine, rentals, runs
+from orchestrator import guarding, machines, rentals, runs
 from orchestrator.errors import ConfigError, GpuError, NotReachable
 from orchestrator.machines import Record
 from orchestrator.rentals import ENDED, Rental
@@ -86,6 +86,8 @@ def refresh(name: str | None) -> None:
 
 def _refresh(rental: Rental) -> None:
     """Ask where an instance stands, and note it, unless another command is at it: that one's record would be undone."""
+    from orchestrator import market, on_machine  # not for a status that asks nobody
+
     instance_id = rental.record.instance_id or ""
     found = market.account_of(rental).get(instance_id)
     with contextlib.suppress(ConfigError), rental.locked():
