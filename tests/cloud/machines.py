@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 from tests.cloud import computers, first_boot, onboard
@@ -18,6 +20,7 @@ _PLACES = (
     *("var/cache", "var/lib", "var/log", "var/tmp"),
 )
 """Folders that every system has."""
+_BUSY_TRIES, _BUSY_S = 100, 0.05
 _SCRIPT = """\
 #!/bin/sh
 cd {root} || exit
@@ -128,7 +131,15 @@ class Machine(Computer):
         path.write_text(script)
         path.chmod(0o700)
         log = self.root / "var/log/cloud-init-output.log"
-        return self.started([str(path)], self.environment(self.root / "root"), log)
+        environment = self.environment(self.root / "root")
+        for _ in range(_BUSY_TRIES):
+            try:
+                return self.started([str(path)], environment, log)
+            except OSError as error:  # a process that another thread forks just now has it open for a moment
+                if error.errno != errno.ETXTBSY:
+                    raise
+            time.sleep(_BUSY_S)
+        return self.started([str(path)], environment, log)
 
 
 class SshMachines:

@@ -73,9 +73,14 @@ def forms(key: str) -> list[str]:
     return [key, *(echo(key) for echo in (ECHOES[2], ECHOES[3], ECHOES[4])), ECHOES[5](key)[6:]]
 
 
+def _is_no_token(key: str) -> bool:
+    """Whether a key cannot be taken for what else stands in an address, such as a page's token of zeros."""
+    return len(set(key)) > 3
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=14, max_size=60),
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=14, max_size=60).filter(_is_no_token),
     st.sampled_from([200, 301, 400, 401, 403, 404, 408, 429, 500]),
     st.sampled_from(ASK),
     st.sampled_from(ECHOES),
