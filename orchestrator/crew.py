@@ -47,6 +47,8 @@ _POLL_S = 0.5
 _LEAVE_S = 5.0
 """How long this process waits for its threads to let go of what they do."""
 _CLOSE_TRIES = 20
+_TRIES_MAX = 6
+"""How often a rented machine may cease to answer and come back."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,9 @@ class _Crew:
                 if self._serve(seat):
                     self._give_back(seat)
                     return
-                if not (seat.is_rented and rentals.is_gone(seat.name) and self.board.has_left()):
+                if not (seat.is_rented and tenancy.is_lost(seat.name)):
                     return
+                notices.tell("machine_lost", run_id=self.run.run_id, machine=seat.name, message=f"{seat.name} is gone.")
                 seat.name, seat.is_new = "", True
         except Left:
             return
@@ -198,6 +201,7 @@ class _Crew:
         seat.phase = "booting"
         renting.ensure_ready(seat.name, say, wait_capacity=bool(self.run.record.rents.get("wait_capacity")))
         fleet.shorten(self.run, seat.name)
+        tenancy.take_up(seat.name)
         return True
 
     def _give_back(self, seat: Seat) -> None:
@@ -233,22 +237,13 @@ class _Crew:
 
         What it could not do is anybody's then, unless the job itself failed.
         """
-        before, is_free = share.record.rows_home, False
-        try:
-            journey.go(share, self._news(seat, share, meter), lambda _: self.board.check(), self._step(seat))
-        except MachineGone as error:
-            journey.machine_is_gone(share, seat.name)
-            notices.tell("machine_lost", run_id=self.run.run_id, machine=seat.name, message=error.message)
-        except DeadlineOver as error:
-            tenancy.end_in_time(share, error, self.board.say(seat))
-            is_free = True
-        except HomeDiskFull:
-            raise
-        except GpuError as error:
-            is_free = True
-            self._give_up(seat, share, error)
-        share.reload()
-        self.board.ended(seat, share, is_free=is_free)
+        before = share.record.rows_home
+        for tries in reversed(range(_TRIES_MAX)):
+            is_free = self._go(seat, share, meter, is_last=not tries)
+            share.reload()
+            if is_free is not None:
+                break
+        self.board.ended(seat, share, is_free=bool(is_free))
         if self.board.is_ending:
             self._stop_all()
         record = share.record
@@ -259,31 +254,54 @@ class _Crew:
             or (is_back and record.rows_home > before)
         )
 
-    def _give_up(self, seat: Seat, share: Run, error: GpuError) -> None:
+    def _go(self, seat: Seat, share: Run, meter: Callable[[], None], *, is_last: bool) -> bool | None:
+        """Follow a share until it has ended on its machine; whether others may have what it lacks, however it ended.
+
+        None when the machine did not answer and does again: to be followed anew, unless that `is_last`.
+        """
+        try:
+            journey.go(share, self._news(seat, share, meter), lambda _: self.board.check(), self._step(seat))
+        except DeadlineOver as error:
+            tenancy.end_in_time(share, error, self.board.say(seat))
+            return True
+        except HomeDiskFull:
+            raise
+        except GpuError as error:
+            if isinstance(error, MachineGone) or rentals.is_gone(seat.name):
+                journey.machine_is_gone(share, seat.name)
+            elif not self._is_given_up(seat, share, error):
+                if is_last:
+                    raise
+                return None
+            return True
+        return False
+
+    def _is_given_up(self, seat: Seat, share: Run, error: GpuError) -> bool:
         """Let others have what a machine could not do that does not answer, or cannot be made to work.
 
-        Raises the error when there is nobody who could have it; when no other machine answers either, it is this
-        computer that is cut off, and all goes on as it is.
+        False when a rented one answers again. Raises the error when there is nobody who could have it; when no other
+        machine answers either, or no provider, it is this computer that is cut off, and all goes on as it is.
         """
         others = [other for other in self.board.seats if other is not seat and not other.is_over]
         silent = [other for other in self.board.seats if isinstance(other.error, NotReachable)]
         if isinstance(error, NotReachable) and (others or silent) and not any(map(_answers, others)):
             raise error
         say = self.board.say(seat)
-        if isinstance(error, NotReachable) and seat.is_rented and tenancy.give_up(share, error, say):
-            return
-        if not others and not seat.is_rented:
+        if isinstance(error, NotReachable) and seat.is_rented:
+            return tenancy.is_dead(share, error, say)
+        if not others:
             raise error
         seat.error = error
         say(f"{error.message} What it has not sent goes to others; what it still makes is merged when it answers.")
         for tried in range(1, _CLOSE_TRIES + 1):
             try:
                 sharing.close(share, take_over=True, why=error.message)
-                return
+                break
             except UsageError:  # another command of ours looks at it just now
                 if tried == _CLOSE_TRIES:
                     raise
                 time.sleep(_POLL_S)
+        return True
 
     def _stop_all(self) -> None:
         """Stop what the others do: one share's failure is all of theirs."""

@@ -98,4 +98,4 @@ def _look_at(run: Run, say: Say) -> None:
     if not had_ended:
         tenancy.tell_end(run)
     if run.record.terminate and run.record.state in runs.ENDED:
-        (fleet.after if run.record.machines else tenancy.end_in_turn)(run, say)
+        (fleet if run.record.machines else tenancy).end_in_turn(run, say)

@@ -6,8 +6,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
+from jobs import locks
 from orchestrator import clock, guarding, inventory, ledger, market, rentals, renting, returning, runs, tenancy
 from orchestrator.errors import GpuError, MayCost
 from orchestrator.rentals import ENDED, Caps, Rental
@@ -17,11 +17,6 @@ from orchestrator.runs import Run
 SPARE_MAX = 3
 """How many machines may be rented for a run, one after the other, beyond those that share it."""
 Say = Callable[[str], None]
-
-
-def document(wish: Wish) -> dict[str, Any]:
-    """A wish as the run's record keeps it, with when it was agreed to: its hours begin with the first machine then."""
-    return {**tenancy.document(wish), "agreed_at": clock.timestamp()}
 
 
 def part_of(wish: Wish, machines: int) -> Wish:
@@ -51,6 +46,11 @@ def _leases(run: Run) -> list[ledger.Lease]:
     return [lease for lease in ledger.leases() if _number(run, lease.machine)]
 
 
+def _leases_since(run: Run) -> list[ledger.Lease]:
+    """Those since its caps were agreed to."""
+    return [lease for lease in _leases(run) if lease.opened_at >= float(run.record.rents.get("since") or 0.0)]
+
+
 def begin(run: Run, to_come: int) -> str | None:
     """Make the record of one more machine for the run, and return its name; None when its caps allow none.
 
@@ -61,11 +61,11 @@ def begin(run: Run, to_come: int) -> str | None:
     caps = caps_left(run, wish.caps, to_come) if wish else None
     if wish is None or caps is None:
         return None
-    account, _ = renting.plan(replace(wish, caps=caps))
+    asked, account = tenancy.planned(replace(wish, caps=caps), is_new=not _leases(run))
     used = {_number(run, name) for name in _names(run)}
     number = next(number for number in range(1, len(used) + 2) if number not in used)
     name = tenancy.name_for(run.run_id) + ("" if number == 1 else f"-{number}")
-    renting.rent(name, replace(wish, caps=caps), account)
+    renting.rent(name, asked, account)
     return name
 
 
@@ -77,8 +77,7 @@ def _names(run: Run) -> set[str]:
 
 def caps_left(run: Run, caps: Caps, to_come: int) -> Caps | None:
     """What one more machine may cost of what all may cost; None when nothing is left, or when there were enough."""
-    agreed_at = float(run.record.rents.get("agreed_at") or 0.0)
-    leases = [lease for lease in _leases(run) if lease.opened_at >= agreed_at]
+    leases = _leases_since(run)
     if len({lease.machine for lease in leases} | {rental.name for rental in live(run)}) >= _most(run):
         return None
     hours, budget = caps.max_hours, caps.budget_usd
@@ -98,7 +97,7 @@ def _most(run: Run) -> int:
 def _bound(run: Run) -> float:
     """What of the budget is spent, or is what a machine that there is may spend."""
     going = {rental.name: rental for rental in live(run)}
-    spent = sum(lease.usd() for lease in _leases(run) if lease.machine not in going)
+    spent = sum(lease.usd() for lease in _leases_since(run) if lease.machine not in going)
     return spent + sum(map(_may_spend, going.values()))
 
 
@@ -116,8 +115,7 @@ def shorten(run: Run, name: str) -> None:
     rental, wish = rentals.find(name), tenancy.wish(run)
     if rental is None or wish is None or wish.caps.max_hours is None:
         return
-    agreed_at = float(run.record.rents.get("agreed_at") or 0.0)
-    began = [lease.opened_at for lease in _leases(run) if lease.opened_at >= agreed_at]
+    began = [lease.opened_at for lease in _leases_since(run)]
     until = min(began, default=clock.timestamp()) + wish.caps.max_hours * 3600
     if rental.record.deadline is not None and rental.record.deadline > until + 60:
         with rental.locked():
@@ -130,45 +128,60 @@ def give_back(run: Run, name: str, say: Say) -> None:
     if rental is None or rental.record.state in ENDED:
         return
     ours = {run.run_id, *(share.run_id for share in runs.shares(run))}
-    if others := [run_id for run_id in inventory.not_home(name) if run_id not in ours]:
-        say(f"{name} is kept: {', '.join(others)} is there too.")
-        return
     try:
+        if others := [run_id for run_id in inventory.not_home(name) if run_id not in ours]:
+            say(f"{name} is kept: {', '.join(others)} is there too.")
+            return
         with rental.locked():
             returning.give_back(rental, market.account_of(rental), say)
     except GpuError as error:
-        raise MayCost(error.message, error.hint) from None
+        rental.reload()
+        raise returning.goes_on(rental, error) from None
     for line in returning.receipt(rental):
         say(line)
 
 
-def after(run: Run, say: Say) -> None:
+def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = True) -> None:
     """Give all of the run's machines back, if that was asked for and it has ended; after a failure once time is over.
 
-    Each is tried. Raises MayCost while one may still cost money.
+    `failure`: what the command ended with; a run that it kept from beginning has ended, too. `waits`: until the time
+    after a failure is over. Each is tried. Raises MayCost while one may still cost money.
     """
-    left = live(run)
-    if not run.record.terminate or run.record.state not in runs.ENDED or not left:
+    if not run.record.terminate or isinstance(failure, MayCost):
+        return
+    if run.record.state not in runs.ENDED and (failure is None or run.record.state == "running"):
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
-    if minutes:
-        _keep(left, minutes, say)
-    failures = []
-    for rental in left:
+    failures: list[GpuError] = []
+    for rental in live(run):
         try:
-            give_back(run, rental.name, say)
-        except MayCost as error:
+            if not (minutes and tenancy.is_kept(rental, minutes, say, waits=waits)):
+                give_back(run, rental.name, say)
+        except GpuError as error:
             failures.append(error)
     if failures:
         raise MayCost(" ".join(error.message for error in failures), failures[0].hint)
 
 
-def _keep(left: list[Rental], minutes: float, say: Say) -> None:
-    """Wait before machines are given back, so that somebody can look; the deadline holds if this process dies."""
-    until = clock.timestamp() + minutes * 60
-    for rental in left:
-        with rental.locked():
-            rental.save(deadline=min(until, rental.record.deadline or until))
-        say(f"{rental.name} is kept until {guarding.moment(rental.record.deadline)}: gpu ssh {rental.name}")
-    while (time_left := until - clock.timestamp()) > 0:
-        clock.sleep(min(time_left, 5.0))
+def end_in_turn(run: Run, say: Say) -> None:
+    """What `after` does, without waiting: for cron. Nothing while the run is followed, or gone on with anew."""
+    finished_at = run.record.finished_at
+    if finished_at is None or locks.is_held(run.home.lock):
+        return
+    begun = [rental for rental in live(run) if clock.parse(rental.record.made_at) > clock.parse(finished_at)]
+    if not begun and not any(locks.is_held(rental.folder / "rental.lock") for rental in live(run)):
+        after(run, say, waits=False)
+
+
+def left(run: Run) -> str:
+    """What the run's machines go on costing, and how that is ended; empty when they cost nothing."""
+    costing = [rental for rental in live(run) if rental.may_cost]
+    if not costing:
+        return ""
+    names, price = ", ".join(rental.name for rental in costing), sum(it.price_usd_per_hour or 0.0 for it in costing)
+    until = max((rental.record.deadline or math.inf for rental in costing), default=math.inf)
+    end = "one has no end" if math.isinf(until) else f"the last deadline is {guarding.moment(until)}"
+    words = f"{names} GO ON COSTING {price:.2f} USD/h; {end}."
+    if run.record.state not in runs.ENDED:
+        words += f" Carry on there: gpu resume {run.run_id}."
+    return f"{words} Give them back: gpu terminate NAME, or --all"

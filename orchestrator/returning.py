@@ -85,14 +85,8 @@ def _strangers(rental: Rental) -> list[str]:
     """The runs on a machine, as far as it can be asked, of which nothing was ever known here."""
     with contextlib.suppress(GpuError), machines.at(rental.name) as machine:
         told = machine.call(["ls", "-1", f"{machine.root}/runs"], b"", _LOOK_S).decode("utf-8", "replace")
-        return [plain(name) for name in told.splitlines() if name and not runs.is_remembered(_whole(name))][:_SHOWN_MAX]
+        return [plain(name) for name in told.splitlines() if name and not runs.is_remembered(name)][:_SHOWN_MAX]
     return []
-
-
-def _whole(name: str) -> str:
-    """The id of the run that a run on a machine is, or is a share of: RUN.3 is the third share of RUN."""
-    run_id, dot, number = name.rpartition(".")
-    return run_id if dot and number.isdigit() else name
 
 
 def stop_runs(rental: Rental) -> None:

@@ -172,8 +172,13 @@ def _remember(home: rundir.Home) -> None:
 
 
 def is_remembered(run_id: str) -> bool:
-    """Whether a run was begun from here, or taken over with this state folder; its own folder may be gone."""
-    return rundir.is_safe_name(run_id) and (config.state_folder() / "runs" / f"{run_id}.json").is_file()
+    """Whether a run was begun from here, or taken over with this state folder; its own folder may be gone.
+
+    Of a share, whether the run was that it is of.
+    """
+    book = config.state_folder() / "runs"
+    names = [name for name in (run_id, run_id.rpartition(".")[0]) if name == run_id or number_of(run_id)]
+    return any(rundir.is_safe_name(name) and (book / f"{name}.json").is_file() for name in names)
 
 
 def _load_record(path: Path) -> Record:
@@ -249,7 +254,7 @@ def machine_names(run: Run) -> str:
     parts = shares(run)
     names = [part.record.machine for part in parts if part.record.state not in ENDED]
     names = names or [part.record.machine for part in parts]
-    return ", ".join(dict.fromkeys(names)) or run.record.machine
+    return ", ".join(sorted(set(names))) or run.record.machine
 
 
 def everywhere() -> Iterator[Run]:

@@ -65,12 +65,12 @@ def begin(run: Run, name: str) -> bool:
     rental = rentals.find(name)
     is_new = rental is None and all(leg["machine"] != name for leg in run.record.legs)
     if is_new or (rental is not None and rental.record.state == "refused"):
-        asked, account = _planned(left, is_new=not run.record.legs)
+        asked, account = planned(left, is_new=not run.record.legs)
         renting.rent(name, asked, account)
     return True
 
 
-def _planned(asked: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
+def planned(asked: Wish, *, is_new: bool) -> tuple[Wish, Provider]:
     """A wish that some offer fits, and whose it is: a run that was outbid takes a machine at a fixed price, too."""
     try:
         return asked, renting.plan(asked)[0]
@@ -103,7 +103,7 @@ def carry(run: Run, go: Callable[[], None], say: Say) -> None:
         name = run.record.machine
         if run.record.state in ("sealed", "failed", "stopped") or not rentals.is_gone(name):
             return
-        if _is_lost(name):
+        if is_lost(name):
             notices.tell("machine_lost", run_id=run.run_id, machine=name, message=f"{name} is gone.")
             if others and run.record.rents and elsewhere(run, say):
                 continue
@@ -119,13 +119,13 @@ def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
             begin(run, run.record.machine)
         if run.record.state not in ENDED_RUNS:
             renting.ensure_ready(run.record.machine, say, wait_capacity=bool(run.record.rents.get("wait_capacity")))
-            _take_up(run.record.machine)
+            take_up(run.record.machine)
         try:
             go()
         except DeadlineOver as error:
             end_in_time(run, error, say)
         except GpuError as error:
-            if not rentals.is_gone(run.record.machine) and not _is_dead(run, error, say):
+            if not rentals.is_gone(run.record.machine) and not is_dead(run, error, say):
                 trouble = error
                 run.reload()
                 continue
@@ -134,7 +134,7 @@ def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
     raise trouble
 
 
-def _is_lost(name: str) -> bool:
+def is_lost(name: str) -> bool:
     """Whether a rented machine has vanished: not one that somebody ended, nor one that its guard ended in time."""
     rental = rentals.find(name)
     if rental is None or rental.record.state != "lost":
@@ -180,15 +180,7 @@ class Meter:
             notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
 
 
-def give_up(run: Run, error: GpuError, say: Say) -> bool:
-    """Whether a machine rented for a run is ended because it answers nobody, while its provider does."""
-    try:
-        return _is_dead(run, error, say)
-    except GpuError:
-        return False
-
-
-def _is_dead(run: Run, error: GpuError, say: Say) -> bool:
+def is_dead(run: Run, error: GpuError, say: Say) -> bool:
     """Whether a machine rented for this run answers nobody, while its provider does; then it is ended.
 
     False when it answers again. Raises `error`, which made one ask, when that is none of it, or cannot be known: a
@@ -246,7 +238,7 @@ def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = 
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
     try:
-        if minutes and _is_kept(rental, minutes, say, waits=waits):
+        if minutes and is_kept(rental, minutes, say, waits=waits):
             return
         if others := [name for name in inventory.not_home(rental.name) if name != run.run_id]:
             say(f"{rental.name} is kept: {', '.join(others)} is there too.")
@@ -275,7 +267,7 @@ def left(run: Run) -> str:
     return f"{words} Give it back: gpu terminate {rental.name}"
 
 
-def _is_kept(rental: Rental, minutes: float, say: Say, *, waits: bool) -> bool:
+def is_kept(rental: Rental, minutes: float, say: Say, *, waits: bool) -> bool:
     """Whether a machine is still left alone after a failure, so that somebody can look; `waits`: until that is over.
 
     It is over before its time at the hard deadline, and when a run is taken up there again.
@@ -294,7 +286,7 @@ def _is_kept(rental: Rental, minutes: float, say: Say, *, waits: bool) -> bool:
     return rental.record.kept_until != until
 
 
-def _take_up(name: str) -> None:
+def take_up(name: str) -> None:
     """Keep a machine for its failed run no longer: a run goes on there."""
     rental = rentals.find(name)
     if rental is not None and rental.record.kept_until is not None:

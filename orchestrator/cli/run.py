@@ -129,7 +129,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     agree_to_rent(how["yes"])
     name = tenancy.name_for(document["run_id"])
     renting.check_name(name)
-    return dataclasses.replace(asked, machine=name, rents=fleet.document(wish))
+    return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
 
 
 def _say_findings(looked: Preflight, say: Callable[[str], None], how: dict[str, Any]) -> None:
@@ -281,10 +281,7 @@ def _after(run: Run, say: Callable[[str], None], failure: errors.GpuError | None
     from orchestrator import fleet
 
     try:
-        if run.record.machines:
-            fleet.after(run, say)
-        else:
-            tenancy.after(run, say, failure)
+        (fleet if run.record.machines else tenancy).after(run, say, failure)
     except errors.GpuError:
         if failure:
             click.echo(plain(f"Error: {failure.message}\n{failure.hint}"), err=True)
@@ -293,7 +290,9 @@ def _after(run: Run, say: Callable[[str], None], failure: errors.GpuError | None
 
 def _say_left(run: Run) -> None:
     """Say what goes on costing money, however quiet the command is to be."""
-    if words := tenancy.left(run):
+    from orchestrator import fleet
+
+    if words := (fleet if run.record.machines else tenancy).left(run):
         click.echo(words, err=True)
 
 

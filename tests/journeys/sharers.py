@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, shares, spec
-from orchestrator import agents, config, fleet, runs, tenancy
+from orchestrator import agents, config, runs, tenancy
 from orchestrator.providers.base import Need
 from orchestrator.rentals import Caps
 from orchestrator.renting import Wish
@@ -98,7 +98,7 @@ def rented(machines: int, caps: Caps, count: int, *, pace_s: float = 0.0, **para
     """A run of the story for which so many machines are to be rented, and given back."""
     record, job = _asked(count, pace_s=pace_s, samples=1, **params)
     record.machine = tenancy.name_for(record.run_id)
-    record.rents = fleet.document(Wish(Need(gpu="A10", count=1), caps))
+    record.rents = tenancy.document(Wish(Need(gpu="A10", count=1), caps))
     record.machines, record.terminate = machines, True
     return runs.create(record, job)
 

@@ -300,7 +300,7 @@ def _rent(run: Run, number: int, budget_usd: float | None, spent_h: float, *, go
 def test_caps_hold_for_all_machines_of_a_run_together() -> None:
     """A further machine gets what is spent by none and promised to none, of the hours that are left, or nothing."""
     run = sharers.rented(2, Caps(max_hours=4.0, budget_usd=6.0), 4)
-    run.record.rents["agreed_at"] = clock.timestamp() - 7200
+    run.record.rents["since"] = clock.timestamp() - 7200
     caps = Caps(max_hours=4.0, budget_usd=6.0)
     assert fleet.caps_left(run, caps, 2) == Caps(max_hours=4.0, budget_usd=3.0)
     _rent(run, 1, 3.0, 1.0, gone=True)
