@@ -242,7 +242,7 @@ def test_a_machine_that_vanishes_while_it_is_sent_its_files_is_replaced(quick: C
 def test_further_machines_share_hours_and_budget(quick: Cloud) -> None:
     """What the first machine took is taken off for the next; what is typed with a resume counts from then on."""
     quick.fault("vanishes", seconds=8.0)
-    done = gpu("run", *A10, "--max-hours", "2", "--budget", "5", *count(100), waits=SHORT)
+    done = gpu("run", *A10, "--max-hours", "2", "--budget", "5", *count(240), waits=SHORT)
     assert done.returncode == 0, done.stderr
     first, second = sorted(rentals.known(), key=lambda rental: rental.record.made_at)
     caps, left = first.caps(), second.caps()
