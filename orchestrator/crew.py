@@ -184,7 +184,7 @@ class _Crew:
             return True
         say = self.board.say(seat)
         if seat.share is not None and rentals.is_gone(seat.name):  # since it was followed last
-            journey.machine_is_gone(seat.share, seat.name)
+            journey.machine_is_gone(seat.share, seat.name, say)
             seat.share.reload()
             self.board.ended(seat, seat.share, is_free=True)
             seat.name, seat.is_new = "", True
@@ -268,7 +268,7 @@ class _Crew:
             raise
         except GpuError as error:
             if isinstance(error, MachineGone) or rentals.is_gone(seat.name):
-                journey.machine_is_gone(share, seat.name)
+                journey.machine_is_gone(share, seat.name, self.board.say(seat))
             elif not self._is_given_up(seat, share, error):
                 if is_last:
                     raise

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, machines, market, outcome, providers, runs, user_ssh
+from orchestrator import clock, inventory, journey, machines, market, outcome, providers, rescue, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -37,14 +37,15 @@ Say = Callable[[str], None]
 def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = False) -> None:
     """Bring home what is on a machine, then end it. Raises UsageError while something there is not home.
 
+    One that was outbid is ended with what can be rescued: it would wake by itself, and bill twice.
     `discard`: what cannot be brought home is given up.
     """
     if rental.record.state in ENDED:
         return
-    if not discard:
+    if not discard and not rescue.is_due(rental, provider):
         _refuse_stopped(rental)
         _bring_home(rental)
-    end(rental, provider, say)
+    end(rental, provider, say, rescues=not discard)
 
 
 def _refuse_stopped(rental: Rental) -> None:
@@ -107,9 +108,10 @@ def at_deadline(rental: Rental, provider: Provider, say: Say) -> None:
     end(rental, provider, say)
 
 
-def end(rental: Rental, provider: Provider, say: Say) -> None:
+def end(rental: Rental, provider: Provider, say: Say, *, rescues: bool = True) -> None:
     """Ask for the end of the instance until the provider says, twice, that it is gone. Raises NotReturned.
 
+    `rescues`: one that was outbid is copied from first, for a short time, and never again once its end is noted.
     May be repeated at any time. Without an instance there is nothing to end; a request without an answer is looked
     for first, and LaunchUnknown raised while it stays unknown.
     """
@@ -120,12 +122,15 @@ def end(rental: Rental, provider: Provider, say: Say) -> None:
     if rental.record.instance_id is None:
         rental.save(state="gone")
         return
-    rental.note(state="stopping")
+    is_outbid = rescues and rescue.is_due(rental, provider)
+    rental.note(state="stopping")  # first: whoever comes after a crash ends it, and does nothing else
+    if is_outbid:
+        rescue.fetch(rental, provider, say)
     say(f"giving {rental.name} back")
     _until_gone(rental, provider)
     try:
         rental.is_gone()
-        tidy(rental, provider)
+        tidy(rental, provider, say)
     except OSError as error:
         raise NotNoted(
             f"{rental.name} is gone, by its provider's own word, and costs nothing more. That cannot be noted here: "
@@ -195,7 +200,7 @@ def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuErr
     )
 
 
-def tidy(rental: Rental, provider: Provider) -> None:
+def tidy(rental: Rental, provider: Provider, say: Say) -> None:
     """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
     _remove_key(rental, provider)
     with contextlib.suppress(GpuError):
@@ -203,7 +208,7 @@ def tidy(rental: Rental, provider: Provider) -> None:
     for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
-        journey.machine_is_gone(runs.find(name), rental.name)
+        journey.machine_is_gone(runs.find(name), rental.name, say)
 
 
 def remove_key(rental: Rental) -> None:

@@ -129,7 +129,7 @@ def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
                 trouble = error
                 run.reload()
                 continue
-            journey.machine_is_gone(run, run.record.machine)
+            journey.machine_is_gone(run, run.record.machine, say)
         return
     raise trouble
 

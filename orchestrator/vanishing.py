@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from orchestrator import clock, market, rentals, returning
 from orchestrator.errors import GpuError
 from orchestrator.providers.base import Provider
@@ -11,8 +13,11 @@ _TWICE_S = 5.0
 _UNHEALTHY_S = 300.0
 
 
-def is_gone(name: str) -> bool:
-    """Whether a machine that does not answer is surely no more. False for one that is not rented: who would know?"""
+def is_gone(name: str, say: Callable[[str], None] = lambda _: None) -> bool:
+    """Whether a machine that does not answer is surely no more. False for one that is not rented: who would know?
+
+    One that was outbid is ended, once what can be copied from its disk has been.
+    """
     rental = rentals.find(name)
     if rental is None:
         return False
@@ -22,34 +27,34 @@ def is_gone(name: str) -> bool:
         return False
     try:
         with rental.locked():
-            return _is_gone(rental)
+            return _is_gone(rental, say)
     except GpuError:  # what cannot be asked is not known to be gone
         return False
 
 
-def _is_gone(rental: Rental) -> bool:
+def _is_gone(rental: Rental, say: Callable[[str], None]) -> bool:
     if rental.record.state in ENDED:
         return True
     provider = market.account_of(rental)
     for _ in range(2):
         found = provider.get(rental.record.instance_id or "")
         if found is not None and found.state == "unhealthy" and _for_long(rental):
-            returning.end(rental, provider, lambda _: None)
+            returning.end(rental, provider, say)
             rental.save(state="lost", failure="its provider called it unhealthy, and it did not answer")
             return True
         if found is not None and found.state == "stopped":
-            return _is_lost_by_stop(rental, provider)
+            return _is_lost_by_stop(rental, provider, say)
         if found is not None and found.state != "gone":
             if found.state == "ready" and rental.record.unhealthy_at is not None:
                 rental.save(unhealthy_at=None)
             return False
         clock.sleep(_TWICE_S)
     rental.is_gone("lost", "its provider says that it is no more")
-    returning.tidy(rental, provider)
+    returning.tidy(rental, provider, say)
     return True
 
 
-def _is_lost_by_stop(rental: Rental, provider: Provider) -> bool:
+def _is_lost_by_stop(rental: Rental, provider: Provider, say: Callable[[str], None]) -> bool:
     """Whether a machine that its provider calls stopped is lost: a spot machine was outbid, and would wake by itself.
 
     Any other one was stopped by its guard, with rows that are not home; it can be started again.
@@ -57,7 +62,7 @@ def _is_lost_by_stop(rental: Rental, provider: Provider) -> bool:
     if not rental.offer().spot:
         rental.save(state="stopped", raw_state="stopped")
         return False
-    returning.end(rental, provider, lambda _: None)
+    returning.end(rental, provider, say)
     rental.save(state="lost", failure="somebody bid more, and it was stopped; it was given back")
     return True
 

@@ -129,6 +129,16 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Where rsync over SSH reads the disk of a machine that is stopped, with the key that was let into it."""
+
+    endpoint: Endpoint
+    user: str
+    module: str
+    """What rsync calls the disk there."""
+
+
+@dataclass(frozen=True)
 class Instance:
     """A machine as its provider sees it."""
 
@@ -274,6 +284,13 @@ class Provider(Protocol):
 
     def start(self, instance_id: str) -> None:
         """Have a stopped instance started again; NoCapacity when its GPUs are in other hands. **Spends money.**"""
+        ...
+
+    def gate(self, instance_id: str, path: str) -> Gate:
+        """Have a way opened to a folder on the disk of an instance, which is not started for it; asked once.
+
+        Refused where there is none.
+        """
         ...
 
     def credit(self) -> float | None:

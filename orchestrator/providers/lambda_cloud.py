@@ -19,7 +19,7 @@ from orchestrator.errors import (
     Refused,
 )
 from orchestrator.providers import lambda_answers, pace
-from orchestrator.providers.base import MARKER_TAG, GuardOrder, HostKey, Instance, Need, Offer, Order
+from orchestrator.providers.base import MARKER_TAG, Gate, GuardOrder, HostKey, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
 
@@ -185,6 +185,10 @@ class LambdaCloud:
     def start(self, instance_id: str) -> None:
         """Refused: there is nothing that was stopped."""
         raise Refused(f"{TITLE} cannot start instance {instance_id}: nothing there can be stopped. {_NOTHING}")
+
+    def gate(self, instance_id: str, path: str) -> Gate:  # noqa: ARG002 -- there is none to any
+        """Refused: there is nothing that was stopped."""
+        raise Refused(f"{TITLE} shows no disk of instance {instance_id}: nothing there can be stopped. {_NOTHING}")
 
     def credit(self) -> float | None:
         """None: the account is billed afterwards."""

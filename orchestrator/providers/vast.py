@@ -19,7 +19,7 @@ from orchestrator.providers import (
     vast_order,
     vast_search,
 )
-from orchestrator.providers.base import GuardOrder, HostKey, Instance, Need, Offer, Order
+from orchestrator.providers.base import Gate, GuardOrder, HostKey, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
 from orchestrator.providers.vast_errors import DASHBOARD, NOTHING, TITLE
@@ -35,9 +35,12 @@ _LISTS = Lane("list", 1.1)
 _CHANGES = Lane("manage", 1.1)
 _KEYS = Lane("keys", 1.1)
 _LOGS = Lane("logs", 2.1)
+_COPIES = Lane("copy", 3.7)
 """Its limits are per endpoint, counted where calls arrive (10 searches a minute, a creation in 4.5 s, …): a little more
 lets no two meet."""
 _CREATE_READ_S = 120.0
+_COPY_READ_S = 15.0
+_COPIER = "vastai_kaalia"
 _SEARCH_PAGES = 5
 _LIST_PAGES = 50
 _LIST_LIMIT = 25
@@ -214,6 +217,21 @@ class VastCloud:
             said = self._client.hide(f"{TITLE} was asked to start instance {instance_id}: {reply.words}")
             raise LaunchUnknown(f"{said}. It may be running, and costing money.", f"Look: {DASHBOARD}")
         raise self._error(reply, f"start instance {instance_id}")
+
+    def gate(self, instance_id: str, path: str) -> Gate:
+        """Have a way opened to a folder on the disk of an instance, stopped or not, by which its host lets us read.
+
+        Asked once: whoever waits for it pays for that disk.
+        """
+        body = {"client_id": "me", "src_id": _checked(instance_id), "dst_id": None, "src_path": path, "dst_path": path}
+        call = Call("PUT", "/v0/commands/rsync/", body, read_s=_COPY_READ_S, lane=_COPIES, needs="src_addr")
+        reply = self._client.once(call)
+        if reply.outcome != "ok":
+            raise self._error(reply, f"open a way to the disk of instance {instance_id}")
+        endpoint = vast_answers.gate(reply.document)
+        if endpoint is None:
+            raise ProviderDown(f"{TITLE} told no usable way to the disk of instance {instance_id}. {NOTHING}")
+        return Gate(endpoint, _COPIER, instance_id)
 
     def _take_back(self, instance_id: str) -> None:
         """Stop an instance whose start waits. LaunchUnknown when that is not accepted: it may start at any time."""

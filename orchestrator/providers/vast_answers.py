@@ -186,6 +186,12 @@ def _port(value: Any) -> int | None:
     return int(digits) if re.fullmatch(r"[1-9][0-9]{0,4}", digits, re.ASCII) and int(digits) < 65536 else None
 
 
+def gate(document: Any) -> Endpoint | None:
+    """Where the disk of a machine can be copied from; None when no such place is told."""
+    host, port = _proxy(_object(document).get("src_addr")), _port(_object(document).get("src_port"))
+    return Endpoint(host, port) if host and port else None
+
+
 def host_key(log: bytes) -> str | None:
     """The host key (type and key) that a start script told in a log; None when none is told, or more than one."""
     lines = (line.strip() for line in log.decode("utf-8", "replace").splitlines())

@@ -59,7 +59,7 @@ CLOUDS = {
         lets_in=lambda instance, now: [instance.public_key],
         absent_id="0" * 32,
         powered_off="unhealthy",
-        asks_nobody=frozenset({"admit", "host_key", "stop", "start", "credit"}),
+        asks_nobody=frozenset({"admit", "host_key", "stop", "start", "gate", "credit"}),
     ),
     "vast": Kind(
         "light_vast",
@@ -138,6 +138,7 @@ ASKING: dict[str, Callable[[Rented], object]] = {
     "admit": lambda it: it.account.admit(it.one(), OTHER_KEY),
     "host_key": lambda it: it.account.host_key(it.one()),
     "stop": lambda it: it.account.stop(it.one()),
+    "gate": lambda it: it.account.gate(it.one(), "/root/.gpu/runs"),
     "start": lambda it: it.account.start(it.one()),
     "credit": lambda it: it.account.credit(),
 }
