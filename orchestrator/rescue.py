@@ -179,23 +179,30 @@ def _outs(job: dict[str, Any]) -> tuple[list[str], list[str]]:
     base = ["work", *filter(None, str(job.get("folder") or "").split("/"))]
     folders, files = [], []
     for pattern in map(str, job.get("out") or ()):
-        parts = [_part(part) for part in pattern.split("/") if part not in ("", ".")]
-        if pattern.startswith("/") or ".." in parts or not parts:
+        parts = [part for part in pattern.split("/") if part not in ("", ".")]
+        if not pattern or pattern.startswith("/") or ".." in parts:
             continue
         is_folder = pattern.endswith("/") or not any(sign in pattern for sign in "*?[")
         shapes = [parts] if not pattern.endswith("/") else []
         shapes += [[*parts, "*"], [*parts, "**", "*"]] if is_folder else []
         for shape in itertools.chain.from_iterable(map(_closed, shapes)):
-            path = [*map(_literal, base), *shape]
-            files.append("+ /" + "/".join(path))
-            last = len(path) + (path[-1] == "**")
-            folders += ["+ /" + "/".join(path[:end]) + "/" for end in range(1, last)]
+            files.append(_rule(base, shape))
+            last = len(shape) + (shape[-1:] == ["**"])
+            folders += [f"{_rule(base[:end], [])}/" for end in range(1, len(base) + 1)]
+            folders += [f"{_rule(base, shape[:end])}/" for end in range(1, last)]
     return list(dict.fromkeys(folders)), list(dict.fromkeys(files))
 
 
-def _part(part: str) -> str:
-    """A part of a pattern as rsync has it, to which a backslash is no sign, and only `**` alone leads over folders."""
-    return part if part == "**" else re.sub(r"\*+", "*", part).replace("\\", "\\\\")
+def _rule(base: list[str], shape: list[str]) -> str:
+    """The rule that lets through what a pattern matches below a folder; only `**` by itself leads over folders.
+
+    To rsync a backslash takes away the sense of the sign behind it, but in a rule without such signs it is a letter.
+    """
+    above = [re.sub(r"([*?\[\\])", r"\\\1", part) for part in base]
+    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in shape]
+    if any(sign in part for part in (*base, *parts) for sign in "*?["):
+        return "+ /" + "/".join([*above, *(part.replace("\\", "\\\\") for part in parts)])
+    return "+ /" + "/".join([*base, *parts])
 
 
 def _closed(shape: list[str]) -> list[list[str]]:
@@ -204,11 +211,6 @@ def _closed(shape: list[str]) -> list[list[str]]:
         return [shape]
     at = shape.index("**")
     return [[*shape[:at], *skipped, *rest] for rest in _closed(shape[at + 1 :]) for skipped in (["**"], [])]
-
-
-def _literal(part: str) -> str:
-    """A name as an rsync pattern that has signs elsewhere."""
-    return re.sub(r"([*?\[\\])", r"\\\1", part)
 
 
 class Copies:
