@@ -102,8 +102,10 @@ class _Copying:
         return ""
 
     def _copy(self, run: Run, folder: Path) -> None:
-        if shutil.which("rsync") is None:
-            raise ConfigError("there is no rsync on this computer.")
+        from orchestrator import doctor
+
+        if doctor.rsync().state != doctor.OK:  # through an older one a hostile host reads, and writes, files here
+            raise ConfigError("that takes rsync 3.4.3 or newer on this computer.")
         path = f"{machines.load(self._rental.name).root}/runs/{run.run_id}"
         if not _PLAIN_PATH.fullmatch(path):
             raise ConfigError(f"rsync may take {path} for something else.")
@@ -122,6 +124,8 @@ class _Copying:
         from orchestrator import ssh
 
         gate = self._provider.gate(self._rental.record.instance_id or "", path)
+        if gate is None:
+            raise ConfigError("its provider has no way to its disk.")
         address = ssh_config.Address(gate.user, gate.endpoint.host, gate.endpoint.port)
         durable.have_folder(self._folder)
         config = ssh_config.text(self._rental.name, address, self._rental.folder / "key", None, self._folder)

@@ -286,10 +286,10 @@ class Provider(Protocol):
         """Have a stopped instance started again; NoCapacity when its GPUs are in other hands. **Spends money.**"""
         ...
 
-    def gate(self, instance_id: str, path: str) -> Gate:
+    def gate(self, instance_id: str, path: str) -> Gate | None:
         """Have a way opened to a folder on the disk of an instance, which is not started for it; asked once.
 
-        Refused where there is none.
+        None where no disk can be read.
         """
         ...
 

@@ -186,9 +186,9 @@ class LambdaCloud:
         """Refused: there is nothing that was stopped."""
         raise Refused(f"{TITLE} cannot start instance {instance_id}: nothing there can be stopped. {_NOTHING}")
 
-    def gate(self, instance_id: str, path: str) -> Gate:  # noqa: ARG002 -- there is none to any
-        """Refused: there is nothing that was stopped."""
-        raise Refused(f"{TITLE} shows no disk of instance {instance_id}: nothing there can be stopped. {_NOTHING}")
+    def gate(self, instance_id: str, path: str) -> Gate | None:  # noqa: ARG002 -- there is none to any
+        """None: no disk can be read but by its own machine."""
+        return None
 
     def credit(self) -> float | None:
         """None: the account is billed afterwards."""

@@ -218,7 +218,7 @@ class VastCloud:
             raise LaunchUnknown(f"{said}. It may be running, and costing money.", f"Look: {DASHBOARD}")
         raise self._error(reply, f"start instance {instance_id}")
 
-    def gate(self, instance_id: str, path: str) -> Gate:
+    def gate(self, instance_id: str, path: str) -> Gate | None:
         """Have a way opened to a folder on the disk of an instance, stopped or not, by which its host lets us read.
 
         Asked once: whoever waits for it pays for that disk.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import machines, rentals, runs
+from orchestrator import doctor, machines, rentals, runs
 from orchestrator.runs import Run
 from tests.cloud import Both, Stand, Timings
 from tests.cloud.vast_machines import Container, Containers
@@ -69,9 +69,8 @@ class Outbid:
 
     @property
     def container(self) -> Container:
-        """The one that the run was on first."""
-        (found,) = self.containers.all.values()
-        return found
+        """The newest one."""
+        return list(self.containers.all.values())[-1]
 
     def indices(self) -> list[int]:
         """What was computed so far, anywhere."""
@@ -100,6 +99,8 @@ class Outbid:
 @pytest.fixture
 def lost(both_clouds: Both, tmp_path: Path) -> Outbid:
     """A run at Vast.ai, which may go on at Lambda."""
+    if doctor.rsync().state != doctor.OK:
+        pytest.skip("this rsync is not used against hosts of others. Type: apt-get install rsync (3.4.3 or newer)")
     return Outbid(both_clouds, tmp_path)
 
 
@@ -194,10 +195,10 @@ def test_a_rescue_that_fails_costs_nothing(lost: Outbid, spoil: Spoil, words: st
     is_done(lost)
 
 
-def slowly(lost: Outbid) -> None:
+def slowly(lost: Outbid, waits: dict[str, float] | None = None) -> None:
     """A container that is outbid and copied from slowly; returns once rows of it are here, where they are copied to."""
     lost.pad = 3000
-    lost.begin()
+    lost.begin(waits=waits)
     lost.containers.copies_kb_per_s = 20
     lost.outbid()
     until(lambda: lost.containers.copyings() == 1, 60)
@@ -225,19 +226,18 @@ def test_what_came_of_a_copy_that_is_cut_is_taken(lost: Outbid) -> None:
     assert "the rest could not be copied" in said
     is_done(lost)
     twice = sum(1 for times in Counter(lost.indices()).values() if times > 1)
-    assert 0 < twice < MADE
+    assert 0 < twice < MADE, said
 
 
 @pytest.mark.slow
 def test_a_rescue_ends_in_time(lost: Outbid) -> None:
     """A copy that takes longer is broken off, and what came is taken; its machine is not waited for."""
-    lost.pad = 3000
-    lost.begin(waits={"rescue._DEADLINE_S": 5.0})
-    lost.containers.copies_kb_per_s = 20
-    lost.outbid()
+    slowly(lost, {"rescue._DEADLINE_S": 15.0})
+    assert lost.containers.copier is not None
+    lost.containers.copier.freeze()
     said = lost.said()
-    assert "not all of it came within" in said
-    assert "bytes of its files from" in said
+    assert "not all of it came within 15 s" in said, said
+    assert "bytes of its files from" in said, said
     is_done(lost)
 
 
@@ -285,21 +285,25 @@ def test_a_container_that_wakes_meanwhile_is_ended(lost: Outbid) -> None:
 
 
 @pytest.mark.slow
-def test_without_rsync_the_machine_is_ended_and_that_is_said(
-    lost: Outbid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", [None, "3.2.7"])
+def test_without_a_sound_rsync_the_machine_is_ended_and_that_is_said(
+    lost: Outbid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
-    """A laptop without rsync says so, and goes on with what is home."""
+    """A laptop without rsync, or with one that a hostile host gets through, says so, and goes on with what is home."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for folder in ("/usr/bin", "/bin"):
         for path in Path(folder).iterdir():
             if path.name != "rsync" and not (programs / path.name).exists():
                 (programs / path.name).symlink_to(path)
+    if version:
+        (programs / "rsync").write_text(f"#!/bin/sh\necho 'rsync  version {version}  protocol version 31'\n")
+        (programs / "rsync").chmod(0o755)
     with monkeypatch.context() as patch:
         patch.setenv("PATH", str(programs))
         lost.begin()
     lost.outbid()
-    assert "there is no rsync on this computer" in lost.said()
+    assert "that takes rsync 3.4.3 or newer on this computer" in lost.said()
     assert lost.both.vast.core.count("/commands/rsync/") == 0
     is_done(lost)
 
@@ -307,13 +311,14 @@ def test_without_rsync_the_machine_is_ended_and_that_is_said(
 SPOT = ("launch", "v", "--gpu", "A100", "--spot", "-y")
 
 
-def left_alone(lost: Outbid) -> None:
-    """A container on which a run has ended that nobody has looked at, and which is outbid."""
+def left_alone(lost: Outbid, *look: str) -> None:
+    """A container on which a run has ended that nobody has looked at, unless by `gpu LOOK`, and which is outbid."""
     assert gpu(*SPOT).returncode == 0
     words = ("--", sys.executable, "count.py", "40", str(lost.computed), "10")
     wish = ("run", "--on", "v", "--environment", "none", "--out", "out/*.jsonl", "--detach")
     assert gpu(*wish, *words).returncode == 0
     until(lambda: (lost.files() / "attempts" / "0001" / "exit.json").exists(), 60)
+    assert not look or gpu(*look).returncode == 0
     lost.outbid()
 
 
@@ -331,10 +336,14 @@ def test_whoever_ends_an_outbid_container_rescues_its_rows(lost: Outbid, command
 
 @pytest.mark.slow
 def test_nothing_is_copied_when_all_is_home_or_given_up(lost: Outbid) -> None:
-    """Who wants what is there no more waits for nothing; nor does one whose rows are home."""
+    """Who gives up what is there waits for nothing; nor does one whose rows are home."""
     left_alone(lost)
     done = gpu("terminate", "v", "-y", "--discard")
     assert done.returncode == 0, done.stderr
-    assert gpu(*SPOT).returncode in (0, 3)
+    for slot in lost.both.vast.core.market.slots:
+        lost.both.vast.core.market.release(slot)
+    left_alone(lost, "pull")
+    done = gpu("advance", "--all")
+    assert done.returncode == 0, done.stderr
     assert lost.both.vast.core.count("/commands/rsync/") == 0
-    assert not any(entry["open"] for entry in document("cost")["machines"] if entry["name"] == "v")
+    assert billing(lost.both.vast) == []
