@@ -17,7 +17,7 @@ from orchestrator import doctor, machines, rentals, runs
 from orchestrator.runs import Run
 from tests.cloud import Both, Stand, Timings
 from tests.cloud.vast_machines import Container, Containers
-from tests.journeys.hurried import begun, document, gpu
+from tests.journeys.hurried import begun, gpu
 from tests.waiting import until
 
 A100 = ("--gpu", "A100", "--spot", "--budget", "5", "--terminate", "-y", "--environment", "none")
