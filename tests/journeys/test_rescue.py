@@ -197,7 +197,7 @@ def test_a_rescue_that_fails_costs_nothing(lost: Outbid, spoil: Spoil, words: st
 
 def slowly(lost: Outbid, waits: dict[str, float] | None = None) -> None:
     """A container that is outbid and copied from slowly; returns once rows of it are here, where they are copied to."""
-    lost.pad = 3000
+    lost.pad = 6000
     lost.begin(waits=waits)
     lost.containers.copies_kb_per_s = 20
     lost.outbid()
