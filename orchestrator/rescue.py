@@ -60,7 +60,7 @@ def fetch(rental: Rental, provider: Provider, say: Say) -> None:
     copying = _Copying(rental, provider)
     for run_id in inventory.not_home(rental.name):
         folder = _folder(rental.name, run_id)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, GpuError):
             durable.have_folder(folder / "files")
             durable.have_folder(folder / "scratch")
             _note(folder, _CUT)
@@ -76,9 +76,10 @@ def _note(folder: Path, why: str) -> None:
     durable.save_json(folder / "outcome.json", {"why": why})
 
 
-def is_waiting(name: str, run_id: str) -> bool:
-    """Whether something was rescued from a machine that is not taken in yet."""
-    return _folder(name, run_id).is_dir()
+def is_waiting(name: str, run_id: str = "*") -> bool:
+    """Whether something was rescued from a machine, of a run or of any, that is not taken in yet."""
+    found = _folder(name, run_id)
+    return any(found.parent.glob(found.name))
 
 
 class _Copying:
@@ -90,6 +91,7 @@ class _Copying:
         self._until = clock.monotonic() + _DEADLINE_S
         self._folder = rental.folder / "gate"
         self._module = ""
+        self._why_shut = ""
 
     def tried(self, run: Run, folder: Path) -> str:
         """Copy one run's files; returns why that did not wholly work, in words, empty when it did."""
@@ -119,13 +121,16 @@ class _Copying:
 
     def _open(self, path: str) -> None:
         """Have the gate opened, once, and the key pinned that its host shows: nothing more can be known of it."""
+        if self._why_shut:
+            raise NotReachable(self._why_shut)
         if self._module:
             return
-        from orchestrator import ssh
-
+        self._why_shut = "its gate was tried for another run."
         gate = self._provider.gate(self._rental.record.instance_id or "", path)
         if gate is None:
             raise ConfigError("its provider has no way to its disk.")
+        from orchestrator import ssh
+
         address = ssh_config.Address(gate.user, gate.endpoint.host, gate.endpoint.port)
         durable.have_folder(self._folder)
         config = ssh_config.text(self._rental.name, address, self._rental.folder / "key", None, self._folder)
@@ -134,7 +139,7 @@ class _Copying:
             key = ssh.host_key(address.host, address.port)
             line = ssh_config.known_host_line(address, key.get_name(), key.get_base64())
             durable.replace_whole(self._folder / "known_hosts", f"{line}\n".encode())
-        self._module = gate.module
+        self._module, self._why_shut = gate.module, ""
 
 
 class _Limits:

@@ -253,21 +253,23 @@ def test_a_host_cannot_fill_the_disk_here(lost: Outbid) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_rescue_is_not_begun_again(lost: Outbid) -> None:
+@pytest.mark.parametrize("command", [("advance", "--all"), ("resume",), ("audit", "--fix", "-y")])
+def test_a_killed_rescue_is_not_begun_again(lost: Outbid, command: tuple[str, ...]) -> None:
     """SIGKILL in the middle: the next command ends the container at once, and what was copied so far is home."""
     slowly(lost)
     assert lost.command is not None
     lost.command.kill()
-    lost.command.wait(10)
+    lost.command.communicate(timeout=10)
     (found,) = [rental for rental in rentals.known() if rental.record.provider == "vast"]
     assert found.record.state == "stopping"
     before = size_home()
-    done = gpu("advance", "--all")
+    done = gpu(*command)
     assert "the rest could not be copied: the copy was cut off here" in " ".join(done.stderr.split()), done.stderr
     assert billing(lost.both.vast) == []
     assert lost.both.vast.core.count("/commands/rsync/") == 1
     assert size_home() > before + 15_000
     assert [line["index"] for line in lines_home()] == list(range(len(lines_home())))
+    assert command[0] != "resume" or lost.indices()[-1] == 3 * MADE - 1, "it went on elsewhere"
 
 
 @pytest.mark.slow

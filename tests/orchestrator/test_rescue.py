@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from jobs import durable, rows, rundir
-from orchestrator import rescue
+from orchestrator import cleaning, rentals, rescue
 from orchestrator.home import Arrivals
+from orchestrator.providers.base import Need
+from orchestrator.rentals import Caps, Terms
 from orchestrator.runs import Run
 from tests.faults.disk import FullOs, instead_of_os
 from worker import outs
@@ -157,6 +159,9 @@ def test_on_a_full_disk_it_waits(run: Run) -> None:
             disk.is_full = True
             assert rescue.take_in(run, arrivals, said.append) is None
     assert "the disk is full" in said[0]
+    rental = rentals.create("box", "vast", Terms(Need(), Caps(), "container"), state="gone")
+    assert cleaning.look().machines == []
     assert rescue.is_waiting("box", run.run_id)
     assert taken(run)[1].startswith("rescued 1 rows")
     assert not rescue.is_waiting("box", run.run_id)
+    assert cleaning.look().machines == [rental.name]
