@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import clock, market, rentals, returning
+from orchestrator import clock, market, rentals, rescue, returning
 from orchestrator.errors import GpuError
 from orchestrator.providers.base import Provider
 from orchestrator.rentals import ENDED, Rental
 
 _TWICE_S = 5.0
 _UNHEALTHY_S = 300.0
+_OUTBID = "somebody bid more, and it was stopped; it was given back"
 
 
 def is_gone(name: str, say: Callable[[str], None] = lambda _: None) -> bool:
     """Whether a machine that does not answer is surely no more. False for one that is not rented: who would know?
 
-    One that was outbid is ended, once what can be copied from its disk has been.
+    One that was outbid is ended, once what can be copied from its disk has been; so is one whose end was begun.
     """
     rental = rentals.find(name)
     if rental is None:
         return False
     if rental.record.state in ENDED:
         return True
-    if rental.record.state != "ready" or rental.record.instance_id is None:
+    if rental.record.state not in ("ready", "stopping") or rental.record.instance_id is None:
         return False
     try:
         with rental.locked():
@@ -36,6 +37,12 @@ def _is_gone(rental: Rental, say: Callable[[str], None]) -> bool:
     if rental.record.state in ENDED:
         return True
     provider = market.account_of(rental)
+    if rental.record.state == "stopping":  # whoever began its end has died
+        is_outbid = rescue.is_waiting(rental.name)
+        returning.end(rental, provider, say)
+        if is_outbid:
+            rental.save(state="lost", failure=_OUTBID)
+        return True
     for _ in range(2):
         found = provider.get(rental.record.instance_id or "")
         if found is not None and found.state == "unhealthy" and _for_long(rental):
@@ -63,7 +70,7 @@ def _is_lost_by_stop(rental: Rental, provider: Provider, say: Callable[[str], No
         rental.save(state="stopped", raw_state="stopped")
         return False
     returning.end(rental, provider, say)
-    rental.save(state="lost", failure="somebody bid more, and it was stopped; it was given back")
+    rental.save(state="lost", failure=_OUTBID)
     return True
 
 
