@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jobs import durable, rows
 from orchestrator import machines, runs
 
