@@ -14,9 +14,6 @@ from worker.failures import BadRecord, ConfigFailure
 from worker.generators import Prompt, Sampling
 from worker.tasks import Example, Task
 
-HUB_DATASET = "openai/gsm8k"
-"""What `dataset=auto` is for a real model; the built-in one is asked the problems it was made for."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -95,7 +92,7 @@ def _prepare(
     """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
     params, task = job["params"], tasks.get(job["task"])
     say("reading the dataset")
-    records = sources.load(_source(params, params["split"]))
+    records = sources.load(_source(params, task, params["split"]))
     examples = _examples(task, records)[: job["limit"]]
     _refuse_twins(examples, records.name)
     shots = _shots(params, task)
@@ -146,10 +143,11 @@ def _known(run: rundir.Run) -> dict[str, Any]:
     return resolved["identity"] if resolved else {}
 
 
-def _source(params: dict[str, Any], split: str) -> sources.Source:
+def _source(params: dict[str, Any], task: Task, split: str) -> sources.Source:
+    """Where examples come from; the built-in model is asked the problems that it was made for."""
     dataset = params["dataset"]
     if dataset == "auto":
-        dataset = "generated" if params["model"] == builtin.NAME else HUB_DATASET
+        dataset = "generated" if params["model"] == builtin.NAME else task.DATASET
     return sources.Source(dataset, split, None)
 
 
@@ -165,7 +163,7 @@ def _shots(params: dict[str, Any], task: Task) -> list[Example]:
             "Say where they are: --set shots_dataset=train.jsonl",
         )
     else:
-        source = _source(params, "train")
+        source = _source(params, task, "train")
     return _examples(task, sources.load(source))[: params["shots"]]
 
 

@@ -285,8 +285,8 @@ class VastCloud:
                 if len(found) < (vast_answers.whole(document, "total_instances") or 0):
                     raise self._not_whole(f"{len(found)} came of {document['total_instances']}")
                 return list(found.values())
-            if token == last or not isinstance(token, str) or not token:
-                break
+            if token == last or not isinstance(token, str) or not token or self._client.hide(token) != token:
+                break  # one that holds our key would carry it into an address
             query = {**query, "after_token": token}
         raise self._not_whole("its pages do not end")
 

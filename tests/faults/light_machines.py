@@ -187,7 +187,5 @@ def _probed(instance: Rented) -> str:
 
 def _guard(instance: VastInstance) -> str:
     alive = "ignores-user-data" not in instance.faults
-    answered_at = instance.first_up_at if alive else None
-    return json.dumps(
-        {"alive": alive, "answered_at": answered_at, "phase": "armed", "deadline": None, "last_error": ""}
-    )
+    told = {"alive": alive, "phase": "armed", "deadline": None, "last_error": ""}
+    return json.dumps(told | {"answered_at": instance.first_up_at if alive else None})

@@ -97,6 +97,7 @@ def test_no_secret_of_ours_reaches_the_host(quick: Vast, monkeypatch: pytest.Mon
     assert gpu("terminate", "v", "-y").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_guard_ends_a_container_by_itself(quick: Vast) -> None:
     """With nobody at the laptop, the container's own key ends it at its deadline; the laptop then sees it gone."""
     assert gpu(*LAUNCH, "--max-hours", "0.007").returncode == 0
@@ -134,6 +135,7 @@ def test_an_outbid_run_goes_on_elsewhere(quick: Vast) -> None:
     assert not any(entry["open"] for entry in document("cost")["machines"])
 
 
+@pytest.mark.slow
 def test_where_no_bid_is_taken_a_fixed_price_is(both_clouds: Both) -> None:
     """Outbid, with no other container to bid for, the run goes on at another cloud, and each row is there once."""
     for stand in (both_clouds.vast, both_clouds.lambda_cloud):
@@ -193,6 +195,7 @@ def test_bad_input_is_named(quick: Vast, monkeypatch: pytest.MonkeyPatch) -> Non
     assert quick.core.ours() == []
 
 
+@pytest.mark.slow
 def test_a_container_stopped_when_idle_keeps_its_rows(quick: Vast) -> None:
     """Idle with rows that are not home, a container is stopped, not destroyed; started again, its rows come home."""
     assert gpu(*LAUNCH, "--idle-minutes", "0.25").returncode == 0

@@ -37,6 +37,8 @@ class Task(Protocol):
     NAME: str
     VERSION: str
     """Raised whenever prompts or scores of the task change; part of the fingerprint."""
+    DATASET: str
+    """The Hub dataset that `dataset=auto` means for a real model."""
     RULES: tuple[str, ...]
     HEADLINE: str
     """The rule whose answer and score become the row's `answer` and `score`."""
