@@ -90,9 +90,9 @@ def _check_credit(left: float | None, most: float | None, least: float, offer: O
     wanted = least if most is None else most
     if left is not None and left < wanted:
         raise Refused(
-            f"The account at {offer.provider} has {left:.2f} USD left; {offer.type_name} may cost {wanted:.2f} USD by "
-            "its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
-            "Lower --budget or --max-hours, or add credit.",
+            f"The account at {offer.provider} has {max(left, 0.0):.2f} USD left; {offer.type_name} may cost "
+            f"{wanted:.2f} USD by its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
+            "Add credit there" + (", or lower --budget or --max-hours." if left >= least else "."),
         )
 
 

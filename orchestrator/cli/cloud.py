@@ -45,7 +45,7 @@ def launch(name: str | None, **how: Any) -> None:
     say = output.progress(how["quiet"])
     enforced(say)
     asked = renting.wish(how)
-    account, offer = renting.plan(asked)
+    account, offer = renting.plan(asked, say)
     for line in renting.in_words(asked, account, offer):
         say(line)
     if how["dry_run"]:
