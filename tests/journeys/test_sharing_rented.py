@@ -44,6 +44,20 @@ def test_rented_machines_share_a_run_and_are_given_back(quick: Cloud) -> None:
     assert of_run["rows"] == 30
 
 
+def test_a_machine_that_is_done_goes_back_while_the_others_work(quick: Cloud) -> None:
+    """Of three examples one machine has one: with nothing more for it, it costs nothing while the other goes on."""
+    run = rented(2, Caps(budget_usd=3.0), 3, pace_s=6.0)
+    command = started("resume", run.run_id)
+    until(lambda: len(billing(quick)) == 2, 60)
+    until(lambda: len(billing(quick)) == 1, 60)
+    assert runs.find(run.run_id).record.state == "running"
+    Path("calm").touch()
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 0, said
+    sharers.assert_whole(run, 3)
+    assert billing(quick) == []
+
+
 def test_who_leaves_is_told_of_every_machine_that_goes_on_costing(quick: Cloud) -> None:
     """`--detach` names both machines and their price together; the resume that ends the run gives both back."""
     run = rented(2, Caps(max_hours=1.0), 200, pace_s=0.1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs import durable, rows
-from orchestrator import crew, errors, shares, sharing
+from orchestrator import crew, errors, machines, runs, shares, sharing
 from orchestrator.board import Board, Seat
 from orchestrator.gathering import ids_in
 from orchestrator.rentals import Caps
@@ -191,6 +191,43 @@ def test_no_more_are_rented_than_there_is_to_do() -> None:
         assert [seat.name for seat in crew._seats(gathering)] == ["", ""]
         shares.create(gathering, "theirs", {"only": ["e0"]}).save(state="running")
         assert [seat.name for seat in crew._seats(gathering)] == ["theirs", ""]
+
+
+@pytest.fixture
+def away() -> None:
+    """A machine that does not answer."""
+    record = {"root": "/r", "python": "python3", "worker_python": None, "key": None, "key_in_agent": False}
+    record |= {"fingerprint": "", "added_at": "", "system": "", "gpu": None, "gpus": 0}
+    durable.have_folder(machines.folder("away"))
+    machines.save(machines.Record("away", "me", "127.0.0.1", 9, **record))
+
+
+@pytest.mark.usefixtures("away")
+def test_a_share_is_taken_only_by_who_says_so_from_a_machine_that_does_not_answer() -> None:
+    """Unreachable is not dead: its share stays its own; taken over, it is given up, and its machine asked later."""
+    run = sharers.shared(["away", "b"], 4)
+    with open_(run) as gathering:
+        shares.create(gathering, "away", HALVES[0][1]).save(state="running", attempt=1)
+    with pytest.raises(errors.NotReachable):
+        sharing.divide(run, sharing.Division(2, ["b", "c"]))
+    assert [share.record.state for share in runs.shares(run)] == ["running"]
+    sharing.divide(run, sharing.Division(2, ["b", "c"], take_over=True))
+    (share,) = runs.shares(run)
+    assert (share.record.state, share.record.former) == ("lost", [{"machine": "away", "settled": False}])
+    assert run.record.boxes == ["b", "c"]
+
+
+@pytest.mark.usefixtures("away")
+def test_the_machine_that_a_run_leaves_is_remembered() -> None:
+    """Taken over from a machine that does not answer, a run is divided among others; that one is asked again later."""
+    run = sharers.shared(["away"], 4)
+    run.save(state="running", attempt=1)
+    with pytest.raises(errors.NotReachable):
+        sharing.divide(run, sharing.Division(2, ["b", "c"]))
+    assert (run.record.machines, run.record.former) == (0, [])
+    sharing.divide(run, sharing.Division(2, ["b", "c"], take_over=True, changes={"machine": "b"}))
+    assert run.record.former == [{"machine": "away", "settled": False}]
+    assert (run.record.machines, run.record.boxes, run.record.state) == (2, ["b", "c"], "planned")
 
 
 def test_a_stop_is_on_the_disk_before_anybody_is_asked() -> None:
