@@ -115,7 +115,10 @@ def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, O
                 provider = clouds[left[0].provider]
                 _check(rental, left[0], provider)
                 return provider, left[0]
-            why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
+            why = NoCapacity(
+                f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.",
+                "Ask for another kind: gpu offers. Or wait for one: gpu launch … --wait-capacity",
+            )
             words = f"all {len(found)} that fit came to nothing before"
         except NoCapacity as error:
             why, words = error, "no capacity yet"
@@ -149,7 +152,7 @@ def _was_tried(rental: Rental, offer: Offer) -> bool:
 
 
 def _tried(rental: Rental) -> str:
-    return "; ".join(f"{entry['offer']}: {entry['why']}" for entry in rental.record.tried)
+    return "; ".join(f"{entry['offer']}: {entry['why'].rstrip('.')}" for entry in rental.record.tried)
 
 
 def _given_up(rental: Rental, error: GpuError) -> GpuError:

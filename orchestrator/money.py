@@ -64,7 +64,7 @@ def check(offer: Offer, caps: Caps, provider: Provider) -> None:
     if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
         raise UsageError(
             f"A budget of {caps.budget_usd:.2f} USD buys {int(caps.budget_usd / price * 60)} minutes of "
-            f"{offer.type_name} at {price:.2f} USD/h, and it usually takes {boot_minutes:.0f} to boot. "
+            f"{offer.type_name} at {price:.2f} USD/h, and it usually takes {boot_minutes:.0f} minutes to boot. "
             "Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
@@ -90,9 +90,9 @@ def _check_credit(left: float | None, most: float | None, least: float, offer: O
     wanted = least if most is None else most
     if left is not None and left < wanted:
         raise Refused(
-            f"The account at {offer.provider} has {left:.2f} USD left; {offer.type_name} may cost {wanted:.2f} USD by "
-            "its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
-            "Lower --budget or --max-hours, or add credit.",
+            f"The account at {offer.provider} has {max(left, 0.0):.2f} USD left; {offer.type_name} may cost "
+            f"{wanted:.2f} USD by its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
+            "Add credit there" + (", or lower --budget or --max-hours." if left >= least else "."),
         )
 
 

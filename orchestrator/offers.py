@@ -60,7 +60,10 @@ def suitable(found: Sequence[Offer], need: Need, *, had_or_not: bool = False) ->
     filters = _filters(need)[1:] if had_or_not else _filters(need)
     fitting = [offer for offer in found if all(keeps(offer) for _, keeps in filters)]
     if not fitting:
-        raise NoCapacity(_why_none(found, filters), _WAIT)
+        is_unknown = need.spot and found and not any(offer.spot for offer in found)
+        raise NoCapacity(
+            _why_none(found, filters), "Spot machines are Vast.ai's: --provider vast" if is_unknown else _WAIT
+        )
     return sorted(fitting, key=lambda offer: (not offer.available, offer.price_usd_per_hour, offer.offer_id))
 
 

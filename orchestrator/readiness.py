@@ -103,7 +103,7 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     up.rung("listed by the provider", "5 s", lambda: _listed(up))
     up.rung("what was asked for, by its provider's word", "1 s", lambda: _as_asked(up, offer))
     up.rung("active, with an address", f"{minutes:.0f} min", lambda: _active(up, offer))
-    up.rung("lets us in over SSH", "30 s", lambda: _let_in(up))
+    up.rung("lets us in over SSH", f"{provider.let_in_s:.0f} s", lambda: _let_in(up))
     up.rung("answers", "1 s", lambda: _answers(up))
     up.rung("shows the GPU that was paid for", "2 s", lambda: _shows_gpus(up, offer))
     up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))

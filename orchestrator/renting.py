@@ -35,13 +35,14 @@ def wish(how: dict[str, Any]) -> Wish:
     return Wish(one, caps, how["provider"], how["python"], how["wait_capacity"])
 
 
-def plan(asked: Wish) -> tuple[Provider, Offer]:
+def plan(asked: Wish, say: Say | None = None) -> tuple[Provider, Offer]:
     """The cloud and the offer that a launch would begin with, checked against every limit; nothing is rented.
 
-    While capacity is to be waited for, the cheapest offer that fits, had or not.
+    While capacity is to be waited for, the cheapest offer that fits, had or not. `say`: told of a cloud that does not
+    answer.
     """
     found = market.accounts(asked.provider)
-    fitting = _fitting(asked, market.listed(found, asked.need))
+    fitting = _fitting(asked, market.listed(found, asked.need, say))
     account = next(entry for entry in found if entry.name == fitting[0].provider)
     market.check_clock(account)
     money.check(fitting[0], asked.caps, account)

@@ -9,6 +9,7 @@ import click
 from orchestrator import errors, market
 from orchestrator import offers as wanted
 from orchestrator.cli import output, wishes
+from orchestrator.plain import plain
 from orchestrator.providers.base import Offer
 
 
@@ -25,7 +26,7 @@ def offers(as_json: bool, **how: Any) -> None:
     clouds = market.accounts(how["provider"])
     for words in market.overridden(clouds, asked):
         click.echo(words, err=True)
-    listed = market.listed(clouds, asked)
+    listed = market.listed(clouds, asked, lambda words: click.echo(plain(words), err=True))
     try:
         found = wanted.suitable(listed, asked, had_or_not=True)
     except errors.NoCapacity:

@@ -211,6 +211,8 @@ class Provider(Protocol):
     """Which key it is asked with: a name made of a digest, which does not give the key."""
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
+    let_in_s: ClassVar[float]
+    """How long one that is active usually takes to let us in over SSH, in seconds."""
     active_s: ClassVar[tuple[float, float]]
     """After how long one that is not active is given up, in seconds: with one GPU, and with several."""
     guard: ClassVar[str | None]

@@ -49,6 +49,7 @@ class LambdaCloud:
     name: ClassVar[str] = "lambda"
     dashboard: ClassVar[str] = "https://cloud.lambda.ai/instances"
     boot_minutes: ClassVar[tuple[float, float]] = (5.0, 15.0)
+    let_in_s: ClassVar[float] = 30.0
     active_s: ClassVar[tuple[float, float]] = (1500.0, 3000.0)
     guard: ClassVar[str | None] = None
     takes_host_key: ClassVar[bool] = True

@@ -59,6 +59,7 @@ class VastCloud:
     name: ClassVar[str] = "vast"
     dashboard: ClassVar[str] = DASHBOARD
     boot_minutes: ClassVar[tuple[float, float]] = (4.0, 6.0)
+    let_in_s: ClassVar[float] = 90.0
     active_s: ClassVar[tuple[float, float]] = (900.0, 1500.0)
     guard: ClassVar[str | None] = "container"
     takes_host_key: ClassVar[bool] = False
@@ -99,14 +100,18 @@ class VastCloud:
         return vast_filters.overridden(need)
 
     def _searched(self, search: Search, pages: int) -> list[Any]:
-        """The market's answers, page by page: each begins at the price at which the last one ended."""
+        """The market's answers, page by page: each begins at the price at which the last one ended.
+
+        Where a page came no further than that price, the next one is asked for without those that were seen there.
+        """
         found: dict[str, Any] = {}
         floor: float | None = None
+        seen: list[str] = []
         for _ in range(pages):
             call = Call(
                 "POST",
                 "/v0/bundles/",
-                search.body(floor),
+                search.body(floor, seen),
                 lane=_SEARCHES,
                 needs="offers",
                 final_codes=(vast_answers.QUOTA,),
@@ -120,7 +125,11 @@ class VastCloud:
             top = vast_search.top_usd(page)
             if len(page) < vast_search.LIMIT or search.is_over(top):
                 break
-            floor = top if new and top > (floor or 0.0) else max(top, floor or 0.0) + 1e-6  # else it comes no further
+            is_stuck, floor = floor is not None and top <= floor, max(top, floor or 0.0)
+            if seen and not new:  # what it is asked to leave out it does not
+                floor, seen = floor + 1e-6, []
+            else:
+                seen = vast_search.from_price(found, floor) if is_stuck or not new else []
         return list(found.values())
 
     # --- what spends money -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ class Search:
     memory_gb: float | None
     """Of each GPU, at least."""
 
-    def body(self, floor_usd: float | None) -> dict[str, Any]:
-        """What is sent, for offers at this price and above, cheapest first."""
+    def body(self, floor_usd: float | None, without: Collection[str] = ()) -> dict[str, Any]:
+        """What is sent, for offers at this price and above, cheapest first, `without` those of these ids."""
         need, wishes = self.need, self.wishes
         asked: dict[str, Any] = {"rentable": {"eq": True}, "rented": {"eq": False}}
         asked |= {"verified": {"eq": True}} if wishes.is_verified else {}
@@ -56,6 +56,7 @@ class Search:
         if country := _COUNTRY.match(need.region or ""):
             asked["geolocation"] = {"in": [country[0].upper()]}
         asked |= {"dph_total": {"gte": floor_usd}} if floor_usd is not None else {}
+        asked |= {"ask_contract_id": {"notin": [int(one) for one in without]}} if without else {}
         kind = "bid" if need.spot else "on-demand"
         storage = float(wishes.disk_gb)
         return {**asked, "order": [["dph_total", "asc"]], "type": kind, "limit": LIMIT, "allocated_storage": storage}
@@ -185,6 +186,11 @@ def top_usd(entries: Iterable[Any]) -> float:
     """The highest price of a page, at which the next one begins."""
     prices = (number(entry, "dph_total") for entry in entries if isinstance(entry, dict))
     return max((price for price in prices if price is not None), default=0.0)
+
+
+def from_price(entries: Mapping[str, Any], least_usd: float) -> list[str]:
+    """The ids of those that cost at least so much: more than a page may cost the same."""
+    return [one for one, entry in entries.items() if (number(entry, "dph_total") or 0.0) >= least_usd]
 
 
 def _vram_gb(entry: dict[str, Any]) -> float:

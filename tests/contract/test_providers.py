@@ -43,6 +43,7 @@ def test_it_says_who_it_is(rented: Rented) -> None:
     assert account.guard in (None, *guarding.OF_CLOUDS)
     assert account.api_url.startswith(rented.cloud.url)
     assert all(0 < minutes < 120 for minutes in account.boot_minutes)
+    assert 0 < account.let_in_s < 600
     assert rented.cloud.key not in repr(account) + repr(vars(account))
 
 

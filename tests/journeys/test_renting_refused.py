@@ -32,6 +32,8 @@ BAD_WISHES: list[tuple[list[str], int, str]] = [
     (["--gpu", "A10", "--budget", "0.05"], USAGE, "A budget of 0.05 USD buys 4 minutes"),
     (["../../etc", "--gpu", "A10"], USAGE, "cannot be the name of a machine"),
     (["local", "--gpu", "A10"], USAGE, "cannot be the name of a machine"),
+    (["x" * 64, "--gpu", "A10"], USAGE, "at most 63 of them"),
+    (["a b", "--gpu", "A10", "--dry-run"], USAGE, "cannot be the name of a machine"),
     (["--gpu", "A10", "--provider", "nosuch"], USAGE, "'nosuch' is not"),
 ]
 

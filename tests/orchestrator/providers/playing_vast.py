@@ -74,11 +74,13 @@ def found(need: Need, *entries: Any) -> list[Offer]:
 
 
 def market(server: Server, *entries: dict[str, Any]) -> None:
-    """Have the server sell these: by price from a floor on, 64 at most, whatever else is asked."""
+    """Have the server sell these: by price from a floor on, without some ids, 64 at most, whatever else is asked."""
 
     def answer(asked: Asked) -> Scripted:
         floor = asked.body.get("dph_total", {}).get("gte", 0.0)
-        fitting = sorted((one for one in entries if one["dph_total"] >= floor), key=lambda one: one["dph_total"])
+        without = asked.body.get("ask_contract_id", {}).get("notin", [])
+        fitting = [one for one in entries if one["dph_total"] >= floor and one["id"] not in without]
+        fitting.sort(key=lambda one: one["dph_total"])
         return Scripted(200, {"offers": fitting[:64]})
 
     server.usual = answer
