@@ -150,6 +150,16 @@ def give_back(run: Run, name: str, say: Say) -> None:
         say(line)
 
 
+def let_go(run: Run, name: str, say: Say) -> None:
+    """End a machine on its way up that has nothing to do, or say that it goes on costing. Raises MayCost."""
+    rental = rentals.find(name)
+    if rental is None or run.record.terminate or not rental.may_cost:
+        say("the others have done its part; it is given back")
+        give_back(run, name, say)
+    else:
+        say(f"the others have done its part; it is kept, and goes on costing. Give it back: gpu terminate {name}")
+
+
 def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = True) -> None:
     """Give all of the run's machines back, if that was asked for and it has ended; after a failure once time is over.
 

@@ -46,7 +46,6 @@ _LIST_PAGES = 50
 _LIST_LIMIT = 25
 _UNDO_TRIES = 5
 _UNDO_PAUSE_S = 10.0
-_PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+) ([A-Za-z0-9+/]+={0,3})(?: .*)?")
 
 
 class VastCloud:
@@ -332,7 +331,7 @@ class VastCloud:
 
     def ensure_key(self, public_key: str, name: str) -> str:
         """The name, unchanged: nothing is put into the account, see above. ConfigError for what is no public key."""
-        _public_line(public_key)
+        vast_order.public_line(public_key)
         return name
 
     def key_names(self) -> list[str]:
@@ -348,7 +347,7 @@ class VastCloud:
         Refused while the instance is not known (yet).
         """
         path = f"/v0/instances/{_checked(instance_id)}/ssh/"
-        body = {"ssh_key": _public_line(public_key)}
+        body = {"ssh_key": vast_order.public_line(public_key)}
         reply = self._client.repeat(Call("POST", path, body, lane=_KEYS, needs="success"))
         is_there = reply.outcome == "refused" and re.search("already|duplicate", vast_errors.said(reply)) is not None
         if reply.outcome != "ok" and (not is_there or vast_errors.is_key_refused(reply)):
@@ -387,14 +386,6 @@ class VastCloud:
 
     def _error(self, reply: Reply, doing: str) -> GpuError:
         return vast_errors.error(self._client, reply, doing)
-
-
-def _public_line(public_key: str) -> str:
-    """Type and key; ConfigError for anything else, of which nothing is shown: it may be a private one."""
-    found = _PUBLIC_KEY.fullmatch(public_key.strip())
-    if not found:
-        raise ConfigError("That is no public SSH key in one line (ssh-ed25519 AAAA… name). It was not sent.")
-    return f"{found[1]} {found[2]}"
 
 
 def _checked(value: str, what: str = "an instance") -> str:

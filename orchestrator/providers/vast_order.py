@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from orchestrator.errors import ConfigError, Refused
@@ -15,6 +16,8 @@ LABEL_MAX = 60
 """Signs of a label that are known to be kept."""
 SCRIPT_MAX = 4000
 """Bytes that a start script stays below: the limit is told as 4048, 4096 and 16 KB."""
+
+_PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+) ([A-Za-z0-9+/]+={0,3})(?: .*)?")
 
 
 def body(offer: Offer, order: Order) -> dict[str, Any]:
@@ -54,3 +57,11 @@ def _why_not(offer: Offer, order: Order, disk_gb: float) -> str:
     if disk_gb < DISK_MIN_GB:
         return f"a disk has at least {DISK_MIN_GB} GB; {disk_gb:g} were asked for"
     return ""
+
+
+def public_line(public_key: str) -> str:
+    """Type and key; ConfigError for anything else, of which nothing is shown: it may be a private one."""
+    found = _PUBLIC_KEY.fullmatch(public_key.strip())
+    if not found:
+        raise ConfigError("That is no public SSH key in one line (ssh-ed25519 AAAA… name). It was not sent.")
+    return f"{found[1]} {found[2]}"
