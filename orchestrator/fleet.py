@@ -178,10 +178,10 @@ def left(run: Run) -> str:
     costing = [rental for rental in live(run) if rental.may_cost]
     if not costing:
         return ""
-    names, price = ", ".join(rental.name for rental in costing), sum(it.price_usd_per_hour or 0.0 for it in costing)
+    names, price = ", ".join(rental.name for rental in costing), sum(it.price_now or 0.0 for it in costing)
     until = max((rental.record.deadline or math.inf for rental in costing), default=math.inf)
     end = "one has no end" if math.isinf(until) else f"the last deadline is {guarding.moment(until)}"
-    words = f"{names} GO ON COSTING {price:.2f} USD/h; {end}."
+    words = f"{names} GO ON COSTING {ledger.shown(price)} USD/h; {end}."
     if run.record.state not in runs.ENDED:
         words += f" Carry on there: gpu resume {run.run_id}."
     return f"{words} Give them back: gpu terminate NAME, or --all"

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from orchestrator.providers import vast_label
 from tests.cloud import LambdaCloud, Timings, VastCloud
 from tests.cloud.core import Core
 from tests.cloud.instance import Instance
@@ -82,20 +83,29 @@ def announced(core: Core) -> dict[str, str]:
 
 def marker_of(order: Any) -> str:
     """Which marker a paid request bears."""
-    return str(order["label"] if "label" in order else order["name"])
+    return str(vast_label.decode(order["label"])[0] if "label" in order else order["name"])
 
 
 def name_told(order: Any) -> str:
-    """What a machine is called, where a paid request says so."""
-    return next((str(tag["value"]) for tag in order.get("tags", []) if tag["key"] == "gpu-name"), NAME)
+    """What a machine is called, by its paid request."""
+    return tags_of(order).get("gpu-name", "?")
 
 
 def deadline_told(order: Any) -> str:
-    """The deadline in whole seconds that a paid request tells, as tag or to the guard; `none` for none."""
+    """The deadline in whole seconds that a paid request tells, to the guard in it, too; `none` for none."""
+    found = tags_of(order).get("gpu-deadline", "?")
     if "onstart" in order:
-        found = told_deadline(order)
-        return "none" if found is None else str(int(found))
-    return next((str(tag["value"]) for tag in order["tags"] if tag["key"] == "gpu-deadline"), "?")
+        guarded = told_deadline(order)
+        told = "none" if guarded is None else str(int(guarded))
+        return found if told == found else f"{found}, and to the guard {told}"
+    return found
+
+
+def tags_of(order: Any) -> dict[str, str]:
+    """What a paid request tells other computers, in tags or in its label."""
+    if "label" in order:
+        return vast_label.decode(order["label"])[1]
+    return {tag["key"]: str(tag["value"]) for tag in order["tags"]}
 
 
 def ending(core: Core, path: str, body: Any) -> set[str]:
