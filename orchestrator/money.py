@@ -92,7 +92,8 @@ def _check_credit(left: float | None, most: float | None, least: float, offer: O
     if left is not None and left < wanted:
         raise Refused(
             f"The account at {offer.provider} has {left:.2f} USD left; {offer.type_name} may cost "
-            f"{ledger.shown(wanted)} USD by its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
+            f"{ledger.shown(wanted)} USD by its caps, and is stopped in the middle when the credit is over. "
+            "Nothing was rented.",
             "Lower --budget or --max-hours, or add credit.",
         )
 

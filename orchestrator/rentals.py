@@ -214,13 +214,14 @@ class Rental:
         if told and told != record.price_usd_per_hour:
             ledger.change_price(self._lease, told, 0.0 if record.price_usd_per_hour is None else now)
             self.save(price_usd_per_hour=told, deadline=self._end_at(told))
-        lease, disk_usd = ledger.find(self._lease), found.stopped_usd_per_hour
-        if lease is None or disk_usd is None or found.spot or self.offer().spot:
+        lease, charged, price = ledger.find(self._lease), found.charged_usd_per_hour, self.price_usd_per_hour or 0.0
+        if lease is None or found.spot or self.offer().spot:
             return
-        if found.state == "stopped" and record.state != "booting":  # a start is seen late
-            ledger.change_price(self._lease, disk_usd, now)
-        elif found.state in ("booting", "ready") and lease.changes and lease.price_now < (self.price_usd_per_hour or 0):
-            ledger.change_price(self._lease, self.price_usd_per_hour or 0.0, lease.changes[-1][0])
+        is_less = charged is not None and charged < price  # one that has ended by itself may be charged as before
+        if found.state == "stopped" and is_less and record.state != "booting":  # a start is seen late
+            ledger.change_price(self._lease, charged or 0.0, now)
+        elif found.state in ("booting", "ready") and lease.changes and lease.price_now < price:
+            ledger.change_price(self._lease, price, lease.changes[-1][0])
 
     def _end_at(self, price_usd_per_hour: float) -> float | None:
         """Its deadline, or, where that is sooner, when its budget is spent at that price."""

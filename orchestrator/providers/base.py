@@ -167,6 +167,8 @@ class Instance:
     machine_id: str | None = None
     stopped_usd_per_hour: float | None = None
     """What it costs while it is stopped; None: not said."""
+    charged_usd_per_hour: float | None = None
+    """What it is charged just now, which is less while it is stopped; None: not said."""
 
     @property
     def host(self) -> str | None:

@@ -111,6 +111,7 @@ def instance(entry: Any) -> Instance | None:
         spot=found["is_bid"] if isinstance(found.get("is_bid"), bool) else None,
         machine_id=identifier(found, "machine_id"),
         stopped_usd_per_hour=number(found, "storage_total_cost"),
+        charged_usd_per_hour=number(_object(found.get("instance")), "totalHour"),
     )
 
 
