@@ -79,6 +79,8 @@ def step(say: Say) -> list[GpuError]:
     errors = enforce(say)
     for rental in rentals.known():
         try:
+            if rental.record.state in ("booting", "ready", "stopped"):
+                tenancy.tell_most_spent(rental)
             if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
                     _go_on(rental, say)

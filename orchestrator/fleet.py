@@ -197,10 +197,10 @@ def left(run: Run) -> str:
     found = [rental for rental in costing(run) if rental.may_cost]
     if not found:
         return ""
-    names, price = ", ".join(rental.name for rental in found), sum(rental.price_usd_per_hour or 0.0 for rental in found)
+    names, price = ", ".join(rental.name for rental in found), sum(rental.price_now or 0.0 for rental in found)
     until = max(rental.record.deadline or math.inf for rental in found)
     end = "one has no end" if math.isinf(until) else f"the last deadline is {guarding.moment(until)}"
-    words = f"{names} GO ON COSTING {price:.2f} USD/h; {end}."
+    words = f"{names} GO ON COSTING {ledger.shown(price)} USD/h; {end}."
     if run.record.state not in runs.ENDED:
         words += f" Carry on there: gpu resume {run.run_id}."
     return f"{words} Give them back: gpu terminate NAME, or --all"

@@ -95,7 +95,9 @@ def wake(rental: Rental, provider: Provider, say: Say) -> None:
     Raises NoCapacity, turned into MayCost by who calls it, while others have its GPUs: its disk goes on costing.
     """
     say(f"{rental.name} was stopped; it is started again")
+    asked_at = clock.timestamp()
     provider.start(rental.record.instance_id or "")
+    rental.wakes(asked_at)
     rental.save(state="booting", raw_state=None, guard_seen={})
 
 
@@ -162,7 +164,9 @@ def _given_up(rental: Rental, error: GpuError) -> GpuError:
 
 
 def _refused(rental: Rental, why: str) -> None:
+    """Record that nothing is rented, and take the public key out of the account again: nobody needs it there."""
     rental.save(state="refused", failure=why)
+    returning.take_key_out(rental)
 
 
 def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
@@ -186,7 +190,7 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
     rental.save(key_name=key_name, deadline=deadline)
     order = _order(rental, provider, marker)
     say(f"asking for {offers.in_words(offer)}")
-    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at}
+    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at, "price_usd_per_hour": None}
     with money.in_turn():
         _check(rental, offer, provider)
         rental.save(state="launching", instance_id=None, host=None, raw_state=None, ready_at=None, **intent)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import gpus
+from orchestrator import gpus, ledger
 from orchestrator.errors import NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer
 
@@ -118,7 +118,7 @@ def in_words(offer: Offer) -> str:
     """An offer on one line."""
     gpu = f"{offer.count}x {offer.gpu or 'no GPU'}" + (f" {offer.vram_gb:g} GB" if offer.vram_gb else "")
     where = offer.region or "no region"
-    return f"{offer.type_name} ({gpu}) in {where} at {offer.price_usd_per_hour:.2f} USD/h"
+    return f"{offer.type_name} ({gpu}) in {where} at {ledger.shown(offer.price_usd_per_hour)} USD/h"
 
 
 def document(offer: Offer) -> dict[str, Any]:

@@ -128,6 +128,8 @@ def _instance(up: _Climb) -> Instance | None:
     found = up.provider.get(up.rental.record.instance_id)
     if found is not None and found.raw_state != up.rental.record.raw_state:
         up.rental.save(raw_state=found.raw_state)
+    if found is not None:
+        up.rental.costs_as(found)
     return found
 
 

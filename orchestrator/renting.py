@@ -63,7 +63,9 @@ def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     """What a launch means, in plain words: what, what it costs at most, and who ends it."""
     most = money.at_most(offer.price_usd_per_hour, asked.caps)
     hours = asked.caps.hours(offer.price_usd_per_hour)
-    limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
+    limit = "NO LIMIT: it costs until you end it"
+    if hours is not None and most is not None:
+        limit = f"at most {hours:.2f} h, {ledger.shown(most)} USD"
     idle = asked.caps.idle_minutes
     idle_words = "not ended when idle" if idle is None else f"ended after {idle:g} idle minutes, once its rows are home"
     hard = "No deadline ends it." if hours is None else "At the hard deadline it is ended with whatever is on it."
@@ -121,15 +123,18 @@ def costs() -> dict[str, Any]:
     """The document of `gpu cost --json`."""
     from orchestrator import runs
 
-    leases = ledger.leases()
+    leases, stopped = ledger.leases(), {it.name for it in rentals.known() if it.record.state == "stopped"}
     of_machines: dict[str, dict[str, Any]] = {}
     for lease in leases:
         entry = of_machines.setdefault(
-            lease.machine, {"name": lease.machine, "provider": lease.provider, "hours": 0.0, "usd": 0.0, "open": False}
+            lease.machine,
+            {"name": lease.machine, "provider": lease.provider, "hours": 0.0, "usd": 0.0, "open": False}
+            | {"price_now_usd_per_hour": 0.0, "stopped": lease.machine in stopped},
         )
         entry["hours"] = round(entry["hours"] + lease.hours(), 4)
         entry["usd"] = round(entry["usd"] + lease.usd(), 4)
         entry["open"] = entry["open"] or lease.closed_at is None
+        entry["price_now_usd_per_hour"] += lease.price_now if lease.closed_at is None else 0.0
     of_runs = []
     for run in runs.remembered():
         usd, rows = run.cost_usd(), run.record.rows_home
@@ -161,6 +166,6 @@ def left(rental: Rental) -> str:
     price = rental.price_usd_per_hour or 0.0
     carry_on = "" if rental.record.state == "stopping" else f"Carry on:       gpu wait {rental.name}\n"
     return (
-        f"\nLeft {rental.name} as it is; it MAY COST {price:.2f} USD/h.\n"
+        f"\nLeft {rental.name} as it is; it MAY COST {ledger.shown(price)} USD/h.\n"
         f"{carry_on}Give it back:   gpu terminate {rental.name}"
     )

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, machines, market, outcome, providers, rescue, runs, user_ssh
+from orchestrator import clock, inventory, journey, ledger, machines, market, outcome, providers, rescue, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -170,6 +170,8 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
     if found is not None:
         if rental.record.raw_state is None:
             rental.note(raw_state=found.raw_state)
+        with contextlib.suppress(GpuError, OSError):  # a disk that takes nothing must not keep it from its end
+            rental.costs_as(found)
         return found.state == "gone"
     launched_at = clock.parse(rental.record.launched_at).timestamp() if rental.record.launched_at else 0.0
     return rental.record.raw_state is not None or clock.timestamp() > launched_at + outcome.SETTLED_S
@@ -178,7 +180,7 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
 def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
     """The error of a machine that may still cost money: which, how much, and where to look."""
     price = rental.price_usd_per_hour
-    cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+    cost = f"{ledger.shown(price)} USD/h" if price is not None else "an unknown price"
     return NotReturned(
         f"{rental.name} (instance {rental.record.instance_id}, {rental.in_words()}) MAY STILL COST {cost}: its "
         f"provider has not said that it is gone. {why}",
@@ -195,7 +197,7 @@ def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuErr
     what = f"{rental.name} (instance {rental.record.instance_id or 'not known yet'}, {rental.in_words()})"
     look = f"Or look: {cloud.dashboard}" if cloud else ""
     return MayCost(
-        f"{known.message} {what} MAY GO ON COSTING {price:.2f} USD/h.",
+        f"{known.message} {what} MAY GO ON COSTING {ledger.shown(price)} USD/h.",
         f"{hint or known.hint or f'Again: gpu terminate {rental.name}'} {look}",
     )
 
@@ -218,6 +220,13 @@ def remove_key(rental: Rental) -> None:
     rental.save(key_name="")
 
 
+def take_key_out(rental: Rental) -> None:
+    """The same where nothing is rented; a key that cannot be taken out now is remembered, and gpu clean takes it."""
+    with contextlib.suppress(GpuError):
+        if rental.record.key_name:
+            _remove_key(rental, market.account_of(rental))
+
+
 def _remove_key(rental: Rental, provider: Provider) -> None:
     with contextlib.suppress(GpuError):  # costs nothing; gpu clean takes it away later
         if rental.record.key_name:
@@ -232,7 +241,9 @@ def receipt(rental: Rental) -> list[str]:
     usd = sum(lease.usd() for lease in leases)
     on_it = (run for run in runs.everywhere() if run.record.machine == rental.name and not run.record.machines)
     rows = sum(run.record.rows_home for run in on_it)
-    lines = [f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {usd:.2f} USD (an estimate that rounds up)"]
+    lines = [
+        f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {ledger.shown(usd)} USD (an estimate that rounds up)"
+    ]
     if rows:
-        lines.append(f"{rows} rows came home from it: {usd / rows * 1000:.3f} USD per 1,000 rows")
+        lines.append(f"{rows} rows came home from it: {ledger.shown(usd / rows * 1000, 3)} USD per 1,000 rows")
     return lines

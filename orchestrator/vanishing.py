@@ -45,6 +45,8 @@ def _is_gone(rental: Rental, say: Callable[[str], None]) -> bool:
         return True
     for _ in range(2):
         found = provider.get(rental.record.instance_id or "")
+        if found is not None:
+            rental.costs_as(found)
         if found is not None and found.state == "unhealthy" and _for_long(rental):
             returning.end(rental, provider, say)
             rental.save(state="lost", failure="its provider called it unhealthy, and it did not answer")

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestrator import errors, market
+from orchestrator import errors, ledger, market
 from orchestrator import offers as wanted
 from orchestrator.cli import output, wishes
 from orchestrator.plain import plain
@@ -51,7 +51,7 @@ def _line(offer: Offer) -> list[str]:
         gpu,
         vram,
         offer.region or "-",
-        f"{offer.price_usd_per_hour:.2f}",
+        ledger.shown(offer.price_usd_per_hour),
         "yes" if offer.spot else "no",
         available,
     ]

@@ -84,7 +84,7 @@ class Order:
     start_script: str = field(repr=False)
     """What the machine does at its first boot, as `start_script` of its cloud made it."""
     tags: dict[str, str] = field(default_factory=dict)
-    """For a cloud that has tags."""
+    """What another computer must know of it; a cloud without tags has them in its label."""
     disk_gb: float | None = None
     """For a cloud where it is chosen; None: what the offer was priced with."""
     image: str | None = None
@@ -167,6 +167,8 @@ class Instance:
     machine_id: str | None = None
     stopped_usd_per_hour: float | None = None
     """What it costs while it is stopped; None: not said."""
+    charged_usd_per_hour: float | None = None
+    """What it is charged just now, which is less while it is stopped; None: not said."""
 
     @property
     def host(self) -> str | None:

@@ -151,16 +151,16 @@ class Search:
         """USD an hour for all of it, its disk included; None when it is not known. Of two answers, the higher."""
         base, total, disk = number(entry, "dph_base"), number(entry, "dph_total"), self._disk_usd(entry)
         if self.need.spot:
-            return None if bid is None or disk is None else round(bid + disk, 6)
+            return None if bid is None or disk is None else _up(bid + disk)
         made = base + disk if base is not None and disk is not None else 0.0
-        return round(max(total or 0.0, made), 6) or None
+        return _up(max(total or 0.0, made)) or None
 
     def _disk_usd(self, entry: dict[str, Any]) -> float | None:
         """USD an hour for the disk asked for; None when that is not told."""
         per_gb = number(entry, "storage_cost")
         if per_gb is None:
             return number(entry, "storage_total_cost")
-        return round(per_gb * self.wishes.disk_gb / _HOURS_A_MONTH, 6)
+        return _up(per_gb * self.wishes.disk_gb / _HOURS_A_MONTH)
 
 
 def search(need: Need) -> Search | None:
@@ -206,6 +206,11 @@ def _forms(name: str) -> tuple[str, ...]:
     """A name that is not known, as the market may spell it."""
     plain = " ".join(name.split())
     return tuple(dict.fromkeys(form for form in (plain, plain.upper(), plain.title()) if form))
+
+
+def _up(usd: float) -> float:
+    """A price to six digits, rounded up: nothing costs more than it was offered at."""
+    return math.ceil(round(usd * 1e6, 3)) / 1e6
 
 
 def _bid_usd(least: float) -> float:

@@ -38,7 +38,6 @@ class Kind:
     """Methods for which the key does not matter."""
     account_has_keys: bool = True
     """Whether public keys are put into the account; else into each instance alone."""
-    has_tags: bool = True
     lists_what_is_taken: bool = True
     """Whether offers that cannot be had just now are listed too."""
     is_prepaid: bool = False
@@ -71,7 +70,6 @@ CLOUDS = {
         asks_nobody=frozenset({"ensure_key", "key_names", "remove_key"}),
         asks_as_anybody=frozenset({"offers"}),
         account_has_keys=False,
-        has_tags=False,
         lists_what_is_taken=False,
         is_prepaid=True,
         price_digits=6,
@@ -101,7 +99,8 @@ class Rented:
     def order(self) -> Order:
         """An order with a new marker, and a key that is let in."""
         name = self.account.ensure_key(KEY, "gpu-tests")
-        return Order(new_marker("2027-01-15T08:00:00Z"), name, "#!/bin/sh\n", {"gpu-name": "box"})
+        tags = {"gpu-name": "box", "gpu-deadline": "1800007200", "gpu-guard": "container"}
+        return Order(new_marker("2027-01-15T08:00:00Z"), name, "#!/bin/sh\n", tags)
 
     def rent(self) -> str:
         """The id of a machine that is rented now, and has appeared."""

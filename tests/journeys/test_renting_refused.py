@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import keys
+from orchestrator import keys, providers
 from tests.cloud import Cloud
 from tests.journeys.hurried import Done, begun, document, gpu
 
@@ -119,6 +119,7 @@ def test_a_provider_that_says_no(light_cloud: Cloud, fault: str, code: int) -> N
     assert light_cloud.core.count(LAUNCHES) == (2 if fault == "no-capacity" else 1)
     light_cloud.core.faults.clear()
     assert document("cost")["total_usd"] == 0
+    assert providers.open("lambda").key_names() == [], "its public key is not left in the account"
     assert gpu(*A10, "--dry-run").returncode == 0
     assert json.loads(gpu(*A10, "--no-wait", "--json").stdout)["state"] == "booting"
 

@@ -122,6 +122,21 @@ def test_a_run_is_ended_in_time(quick: Cloud, tmp_path: Path) -> None:
     assert [entry["event"] for entry in told(tmp_path)] == ["budget_80", "guard_fired", "run_failed"]
 
 
+def test_cron_tells_that_most_of_a_budget_is_spent(quick: Cloud, tmp_path: Path) -> None:
+    """Where nobody follows, `gpu advance --all` tells it, once; before most of the time is over it tells nothing."""
+    listen(tmp_path)
+    assert gpu("launch", "box", "--gpu", "A10", "-y").returncode == 0
+    assert gpu("advance", "--all").returncode == 0
+    assert told(tmp_path) == []
+    machine, now = rentals.choose("box"), clock.timestamp()
+    machine.save(asked_at=now - 900.0, deadline=now + 200.0)
+    for _ in range(2):
+        assert gpu("advance", "--all").returncode == 0
+    (entry,) = told(tmp_path)
+    assert (entry["event"], entry["machine"]) == ("budget_80", "box")
+    assert gpu("terminate", "box", "-y").returncode == 0
+
+
 def test_ctrl_c_leaves_the_machine_and_says_so(quick: Cloud) -> None:
     """Interrupted, the run goes on and its machine stays, bounded by its caps; a resume follows it to the end."""
     command = begun("run", *A10, "--terminate", *count(100))

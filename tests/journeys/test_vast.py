@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import guarding, machines, rentals, runs
+from orchestrator import clock, guarding, machines, rentals, runs
 from orchestrator.rentals import Rental
 from tests.cloud import Both, Stand, Timings, Vast
 from tests.journeys.hurried import Done, begun, document, gpu
@@ -104,6 +104,26 @@ def test_the_guard_ends_a_container_by_itself(quick: Vast) -> None:
     until(lambda: not billing(quick), 60)
     assert gpu("terminate", "v", "-y").returncode == 0
     assert rental().record.state == "gone"
+
+
+def test_a_deadline_stands_with_the_container(quick: Vast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stuck while it boots, so that no guard has begun: where only the key is known, what is past its deadline ends."""
+    quick.fault("boot-stuck", times=2, seconds=3000.0)
+    foreign = quick.core.add_foreign("gpu-20270115t080000-0123456789ab.1.box")
+    rents = ("launch", "--gpu", "RTX 4090", "--provider", "vast", "-y", "--no-wait", "-q")
+    assert gpu(*rents, "late", "--max-hours", "0.001").returncode == 0
+    assert gpu(*rents, "early").returncode == 0
+    late, early = quick.core.ours()
+    until(lambda: clock.timestamp() > late.created_at + 4.0)
+    monkeypatch.setenv("GPU_HOME", str(tmp_path / "elsewhere"))
+    (entry,) = json.loads(gpu("audit", "--past-cap", "--json").stdout)["past_cap"]
+    assert (entry["name"], entry["instance_id"]) == ("late", late.instance_id)
+    assert gpu("audit", "--fix", "--past-cap", "-y").returncode == 0
+    assert billing(quick) == [early.instance_id]
+    assert rental("late").record.guard == "container"
+    assert gpu("audit", "--fix", "-y").returncode == 0
+    assert (billing(quick), quick.core.touched_foreign) == ([], [])
+    assert foreign.ending_at is None
 
 
 def outbid(cloud: Vast, number: int = 0) -> None:
@@ -210,11 +230,14 @@ def test_a_container_stopped_when_idle_keeps_its_rows(quick: Vast) -> None:
     )
     assert billing(quick), "its disk"
     (entry,) = document("status", "--refresh")
-    assert entry["state"] == "stopped"
+    assert (entry["state"], 0 < entry["price_now_usd_per_hour"] < entry["price_usd_per_hour"]) == ("stopped", True)
+    assert "v is stopped, and GOES ON COSTING 0.0" in gpu("status").stderr
+    assert "its disk, 0.0" in gpu("cost").stdout
     refused = gpu("terminate", "v", "-y")
     assert refused.returncode == COSTS
     assert "gpu wait v" in refused.stderr
     assert gpu("wait", "v").returncode == 0
+    assert document("status")[0]["price_now_usd_per_hour"] == entry["price_usd_per_hour"]
     pulled = gpu("pull")
     assert pulled.returncode == 0, pulled.stderr
     assert gpu("terminate", "v", "-y").returncode == 0
