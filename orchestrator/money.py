@@ -64,8 +64,8 @@ def check(offer: Offer, caps: Caps, provider: Provider) -> None:
     if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
         raise UsageError(
             f"A budget of {caps.budget_usd:.2f} USD buys {int(caps.budget_usd / price * 60)} minutes of "
-            f"{offer.type_name} at {ledger.shown(price)} USD/h, and it usually takes {boot_minutes:.0f} minutes to boot. "
-            "Nothing was rented.",
+            f"{offer.type_name} at {ledger.shown(price)} USD/h, and it usually takes {boot_minutes:.0f} minutes to "
+            "boot. Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
     if caps.max_hours is not None and caps.max_hours <= 0:
