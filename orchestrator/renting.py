@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals
-from orchestrator.errors import ConfigError, GpuError, NoCapacity, UsageError
+from orchestrator.errors import ConfigError, GpuError, NoCapacity, Refused, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
@@ -43,10 +43,21 @@ def plan(asked: Wish, say: Say | None = None) -> tuple[Provider, Offer]:
     """
     found = market.accounts(asked.provider)
     fitting = _fitting(asked, market.listed(found, asked.need, say))
-    account = next(entry for entry in found if entry.name == fitting[0].provider)
-    market.check_clock(account)
-    money.check(fitting[0], asked.caps, account)
-    return account, fitting[0]
+    clouds = {offer.provider: offer for offer in reversed(fitting)}  # the cheapest of each
+    refusals: list[Refused] = []
+    for name in dict.fromkeys(offer.provider for offer in fitting):
+        account = next(entry for entry in found if entry.name == name)
+        market.check_clock(account)
+        try:
+            money.check(clouds[name], asked.caps, account)
+        except Refused as error:
+            refusals.append(error)
+            continue
+        if say is not None:
+            for refusal in refusals:
+                say(f"{refusal.message} Another cloud is asked.")
+        return account, clouds[name]
+    raise refusals[0]
 
 
 def _fitting(asked: Wish, offered: Sequence[Offer]) -> list[Offer]:

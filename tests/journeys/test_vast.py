@@ -174,6 +174,26 @@ def test_where_no_bid_is_taken_a_fixed_price_is(both_clouds: Both) -> None:
     assert lines_home(runs.find(None).run_id) == list(range(200))
 
 
+@pytest.mark.parametrize("when", ["planned", "asked"])
+def test_a_cloud_that_refuses_is_passed_over(both_clouds: Both, when: str) -> None:
+    """Without credit at the cheaper cloud the other one is asked, and that is said, unless one cloud was named."""
+    vast, other = both_clouds.vast, both_clouds.lambda_cloud
+    for stand in (vast, other):
+        stand.core.timings = Timings(boot_s=0.2, ip_delay_s=0.05, sshd_delay_s=0.05, term_s=0.1)
+    if when == "planned":
+        vast.core.credit = 0.05
+    else:
+        vast.fault("no-credit", times=None)
+    named = gpu("launch", "v", "--gpu", "A100", "--provider", "vast", "-y")
+    assert (named.returncode, "credit" in named.stderr) == (PROVIDER, True), named.stderr
+    done = gpu("launch", "v", "--gpu", "A100", "-y")
+    assert done.returncode == 0, done.stderr
+    assert "Another cloud is asked." in done.stderr
+    assert (len(vast.core.ours()), len(other.core.ours())) == (0, 1)
+    assert gpu("terminate", "v", "-y").returncode == 0
+    assert billing(vast) == billing(other) == []
+
+
 def test_a_bid_is_what_was_typed(quick: Vast) -> None:
     """A bid under the floor is refused with the floor, and one above it is what the instance is rented at."""
     low = gpu("launch", "v", "--gpu", "RTX 4090", "--spot", "--bid", "0.01", "-y")
