@@ -58,6 +58,18 @@ def test_a_machine_that_is_done_goes_back_while_the_others_work(quick: Cloud) ->
     assert billing(quick) == []
 
 
+def test_a_machine_that_boots_for_long_is_not_waited_for(quick: Cloud) -> None:
+    """When the others have done its part, one on its way up is given back: the run ends when its rows are home."""
+    quick.fault("boot-stuck", after=1, seconds=900.0)
+    run = rented(2, Caps(budget_usd=3.0), 20)
+    done = gpu("resume", run.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "the others have done its part; it is given back" in done.stdout + done.stderr
+    sharers.assert_whole(run, 20)
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+
+
 def test_who_leaves_is_told_of_every_machine_that_goes_on_costing(quick: Cloud) -> None:
     """`--detach` names both machines and their price together; the resume that ends the run gives both back."""
     run = rented(2, Caps(max_hours=1.0), 200, pace_s=0.1)
