@@ -16,9 +16,10 @@ RESERVE_BYTES = 64 * 1024
 _CHUNK_BYTES = 1 << 20
 _SAFE = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9]{4}")
-_FOLDER = re.compile(r"model|adapter|checkpoint-[0-9]{1,9}")
+_CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})(?:\.([0-9]{1,6}))?")
+_FOLDER = re.compile(rf"model|adapter|{_CHECKPOINT.pattern}")
 
-GROWING = ("rows.jsonl", "selections.jsonl", "log.txt")
+GROWING = ("rows.jsonl", "selections.jsonl", "steps.jsonl", "log.txt")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
 WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
@@ -56,6 +57,42 @@ def grows(name: str) -> bool:
 def is_of_weights(folder: Path) -> bool:
     """Whether a folder has the name of one that holds weights, finished or not."""
     return _FOLDER.fullmatch(folder.name) is not None
+
+
+def checkpoint_name(step: int, micro: int = 0) -> str:
+    """The folder of a checkpoint after so many steps and, of the next one, so many micro-batches."""
+    return f"checkpoint-{step}.{micro}" if micro else f"checkpoint-{step}"
+
+
+def checkpoint_number(name: str) -> tuple[int, int] | None:
+    """Steps and micro-batches in the name of a checkpoint's folder, its place among the others; None for any other."""
+    found = _CHECKPOINT.fullmatch(name)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def entry_of(data: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder of weights by its manifest, in words; None when every byte is as it was written."""
+    try:
+        listed = durable.load_json(folder / MANIFEST)
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, dict) or not listed:
+        return f"{MANIFEST} is missing or cannot be read"
+    for file, entry in listed.items():
+        if not is_safe_name(file):
+            return f"{MANIFEST} names {file!r}"
+        try:
+            found = {"bytes": (folder / file).stat().st_size, "sha256": file_sha256(folder / file)}
+        except OSError as error:
+            return f"{file}: {error.strerror}"
+        if found != entry:
+            return f"{file} is not what was written"
+    return None
 
 
 def outs_sha256(outs: dict[str, Any]) -> str:
@@ -160,6 +197,7 @@ class Attempt:
         self.env = folder / "env.json"  # worker, once: GPU, driver, packages
         self.rows = folder / "rows.jsonl"  # worker, made new, appended
         self.selections = folder / "selections.jsonl"  # worker, made new, appended
+        self.steps = folder / "steps.jsonl"  # worker, made new, appended: a line for each step of a training
         self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
         self.progress = folder / "progress.json"  # worker, replaced: phase, rows written and synced
         self.failure = folder / "failure.json"  # worker, once: why it gave up on purpose
@@ -218,10 +256,15 @@ class Run:
         return [self.home_selections, *(attempt.selections for attempt in self.attempts())]
 
     def folders(self) -> Iterator[Path]:
-        """The finished folders of weights in this run."""
-        for path in sorted(self.folder.glob("*")):
-            if is_of_weights(path) and (path / MANIFEST).is_file():
+        """The finished folders of weights in this run; of checkpoints the newest, which stands for the others."""
+        for path in (self.folder / "adapter", self.folder / "model", *self.checkpoints()[-1:]):
+            if (path / MANIFEST).is_file():
                 yield path
+
+    def checkpoints(self) -> list[Path]:
+        """The finished checkpoints in this run, by number, the newest last."""
+        found = {path: number for path in self.folder.glob("checkpoint-*") if (number := checkpoint_number(path.name))}
+        return [path for path in sorted(found, key=found.__getitem__) if (path / MANIFEST).is_file()]
 
     def state(self) -> MachineState:
         """Where the run stands here, read in the order in which it is not mistaken while a supervisor starts or ends.
@@ -263,6 +306,7 @@ class Home:
         self.summary = folder / "summary.json"
         self.report = folder / "report.html"
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
+        self.adapter = folder / "adapter"  # what a training made, as its user sees it
         self.out = folder / OUT  # the files a command brought home, as its user sees them
         self.parts = folder / "parts"  # of a run that several machines share: a run folder for each share
         self.shared = Run(folder / "shared")  # what its first machine resolved, and all others start with

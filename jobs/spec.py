@@ -13,7 +13,7 @@ from typing import Any
 
 SCHEMA = 1
 """Version of job.json."""
-STORIES = ("evaluate", "command")
+STORIES = ("evaluate", "train", "command")
 """What a worker can do; each is a module of that name on the machine side."""
 ENVIRONMENTS = ("train", "serve", "none")
 """Environments a machine makes for jobs; `none` for commands that need no Python of ours."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir, spec
-from orchestrator import clock, config, delivery, follow, machines, outs, rentals, runs, summary, transport
+from orchestrator import clock, config, delivery, follow, machines, outs, rentals, runs, summary, transport, weights
 from orchestrator.errors import BadAnswer, ConfigError, GpuError, HomeDiskFull, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals, News
 from orchestrator.runs import ENDED, Record, Run
@@ -138,17 +138,23 @@ def _at_home(run: Run) -> Iterator[tuple[str, Path]]:
 
 
 def _resolved(run: Run) -> Iterator[tuple[str, Path]]:
-    """What the first machine resolved for this run, and the weights it made: the next ones keep to both."""
+    """What the first machine resolved for this run, its model, and how far a training is: the next ones keep to all."""
     copies = [rundir.Run(folder) for folder in sorted((run.home.folder / "machines").glob("*"))]
     if run.record.share_of:
         copies = [runs.parent(run).home.shared]
     for copy in copies:
         if copy.resolved.is_file():
             yield copy.resolved.name, copy.resolved
-            for weights in copy.folders():
-                for path in rundir.weights(weights):
-                    yield f"{weights.name}/{path.name}", path
-            return
+            yield from _files(copy.folder / "model")
+            break
+    if newest := weights.to_send(run.home):
+        yield from _files(newest)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a folder of weights, its manifest last; none while it has no manifest."""
+    if (folder / rundir.MANIFEST).is_file():
+        yield from ((f"{folder.name}/{path.name}", path) for path in rundir.weights(folder))
 
 
 def bring_home(run: Run, machine: Machine, arrivals: Arrivals, news: News, poll_s: float = follow.POLL_S) -> None:
@@ -349,6 +355,8 @@ def document(run: Run) -> dict[str, Any]:
         "rows_total": record.rows_total,
         "rows_synced": record.rows_synced,
         "rows_home": record.rows_home,
+        "steps_done": record.steps_done,
+        "steps_total": record.steps_total,
         "started_at": record.started_at,
         "finished_at": record.finished_at,
         "cost_usd": round(run.cost_usd(), 4),

@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.project import Content, Hashes
 from orchestrator.transport import Machine
 
-PATHS = ("dataset", "shots_dataset", "model", "adapter", "chat_template")
+PATHS = ("dataset", "shots_dataset", "mix_dataset", "model", "adapter", "chat_template")
 """Parameters that may be a path: a file or folder that travels, and is called by another name there."""
 _SAY_EVERY_S = 2.0
 _COPIED_BYTES = 16 << 20

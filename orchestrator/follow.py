@@ -138,5 +138,7 @@ def note(run: Run, arrivals: Arrivals) -> None:
             "rows_synced": status.get("rows_synced", 0),
             "last_seen": status.get("heartbeat"),
             "rows_total": status.get("rows_total") or run.record.rows_total,
+            "steps_done": status.get("steps_done") or run.record.steps_done,
+            "steps_total": status.get("steps_total") or run.record.steps_total,
         }
     run.save(**changes)

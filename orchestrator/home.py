@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from jobs import durable, locks, rows, rundir
-from orchestrator import outs
+from orchestrator import outs, weights
 from orchestrator.errors import HomeDiskFull, NotReachable
 from orchestrator.parts import Parts
 
@@ -32,6 +32,7 @@ class Arrivals:
         self._parts = Parts(home, self.copy)
         self._view = outs.View(home, self.copy)
         self._view.mend()
+        weights.mend(home, self.copy, self._parts)
         self.rows = self._reopen(home.rows, "rows.jsonl")
         self.selections = self._reopen(home.selections, "selections.jsonl")
 
@@ -170,6 +171,8 @@ class Arrivals:
             self._view.replace(self._name(path))
         else:
             durable.sync_folder(path.parent)
+            if path.name == rundir.MANIFEST and rundir.is_of_weights(path.parent):
+                weights.settle(self.home, self.copy, path.parent, self._parts)
 
     def _is_out(self, path: Path) -> bool:
         return self._name(path).startswith(f"{rundir.OUT}/")

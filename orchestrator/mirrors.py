@@ -174,6 +174,9 @@ def gather(mirror: Source, machine: str, arrivals: Arrivals) -> dict[str, Any]:
     """
     names = [name for name in mirror.names(machine) if rundir.may_come_home(name)]
     request = arrivals.request(0.0)
+    numbers = [rundir.checkpoint_number(name.partition("/")[0]) for name in names if name.endswith(rundir.MANIFEST)]
+    newest = max((number for number in numbers if number), default=None)
+    names = [name for name in names if rundir.checkpoint_number(name.partition("/")[0]) in (None, newest)]
     for name in sorted(names, key=lambda name: (name.endswith("/exit.json"), name.endswith(rundir.MANIFEST), name)):
         if rundir.grows(name):
             offset, digest = request["have"].get(name, (0, ""))

@@ -86,6 +86,12 @@ class Parts:
     def _place(self, name: str) -> Path:
         return outs.place(self._home.folder, (self.folder / name).relative_to(self._home.folder).as_posix())
 
+    def forget(self, start: str) -> None:
+        """Drop the parts of all files whose names begin so: they are not wanted any more."""
+        for name in [name for name in self.request() if name.startswith(start)]:
+            self._hashers.pop(name, None)
+            self._forget(self._note(name).with_suffix(".part"))
+
     def _forget(self, part: Path) -> None:
         part.with_suffix(".json").unlink(missing_ok=True)
         part.unlink(missing_ok=True)

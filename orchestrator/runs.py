@@ -47,6 +47,9 @@ class Record:
     rows_synced: int = 0
     rows_home: int = 0
     rows_damaged: int = 0
+    steps_done: int = 0
+    """Of a training; `steps_total` None: it is none, or nobody knows yet."""
+    steps_total: int | None = None
     phase: str = ""
     last_seen: str | None = None
     failure: dict[str, str] = field(default_factory=dict)

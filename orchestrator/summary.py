@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import durable, metrics, rows, rundir
-from orchestrator import clock, runs
+from orchestrator import clock, runs, training
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
@@ -73,6 +73,7 @@ def count(run: Run) -> dict[str, Any]:
         "created_at": run.record.created_at,
         "finished_at": run.record.finished_at,
         "machine": runs.machine_names(run),
+        **({"training": training.summarise(run)} if job["story"] == "train" else {}),
     }
 
 

@@ -31,6 +31,9 @@ class Tally:
         self.total: int | None = None
         self.rate = 0.0
         self.eta_s = 0.0
+        self.steps = 0
+        self.words = ""
+        """Of a training: the steps that are done, and how it goes."""
         self._scored = 0
         self._sum = 0.0
         for line in before:
@@ -54,6 +57,9 @@ class Tally:
             self.phase = plain(str(said["phase"]))
             self.total = None if said["rows_total"] is None else int(said["rows_total"])
             self.rate = float(said["rows_per_second"] or 0)
+            if said.get("steps_total"):
+                self.steps, self.total = int(said["steps_done"]), int(said["steps_total"])
+                self.words = plain(str(said["words"]))
             eta_s = float(said["eta_s"] or 0)
             self.eta_s = eta_s if math.isfinite(eta_s) else 0.0
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
@@ -75,7 +81,8 @@ class Tally:
     def line(self) -> str:
         """All of it on one line."""
         total = "" if self.total is None else f" of {self.total}"
-        words = [self.phase or "starting", f"{self.home}{total} rows home", self.score]
+        done = f"{self.steps}{total} steps" if self.words else f"{self.home}{total} rows home"
+        words = [self.phase or "starting", done, self.score, self.words]
         if self.rate:
             words.append(f"{self.rate:.1f} rows/s")
         if self.eta_s:
@@ -196,8 +203,10 @@ def _live(tally: Tally) -> Iterator[View]:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread that draws by itself
-    shape = "{desc} {bar} {n_fmt}/{total_fmt} rows home{postfix}"
-    with tqdm(file=sys.stderr, bar_format=shape, leave=False, ncols=_width(), nrows=_ROWS, desc="starting") as bar:
+    shape = "{desc} {bar} {n_fmt}/{total_fmt} {unit}{postfix}"
+    with tqdm(
+        file=sys.stderr, bar_format=shape, leave=False, ncols=_width(), nrows=_ROWS, desc="starting", unit="rows home"
+    ) as bar:
         drawn_at, phase = 0.0, ""
 
         def view(frame: dict[str, Any], data: bytes) -> None:
@@ -207,7 +216,8 @@ def _live(tally: Tally) -> Iterator[View]:
             is_due = clock.monotonic() - drawn_at >= 1 / REFRESH_PER_SECOND
             if tally.take(frame, data) and (is_due or tally.phase != phase):
                 drawn_at, phase = clock.monotonic(), tally.phase
-                bar.total, bar.n, bar.ncols = tally.total, tally.home, _width()
+                bar.total, bar.n, bar.ncols = tally.total, tally.steps or tally.home, _width()
+                bar.unit = "steps" if tally.words else bar.unit
                 bar.set_description_str(tally.phase, refresh=False)
                 bar.set_postfix_str(" · ".join(tally.line().split(" · ")[2:]), refresh=False)
                 bar.refresh()

@@ -8,7 +8,17 @@ import platform
 import sys
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+)
 
 
 def environment() -> dict[str, Any]:

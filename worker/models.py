@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import rundir
+from worker import quantization
 from worker.failures import ConfigFailure
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -51,6 +52,7 @@ class ModelRequest:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,11 @@ def load_model(request: ModelRequest) -> LoadedModel:
     _check_weights(request)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
+    how = {"dtype": dtype, "device_map": {"": device}, **quantization.arguments(request.quantization, dtype)}
     with _explained(request, "weights"):
-        model = AutoModelForCausalLM.from_pretrained(
-            request.model, dtype=dtype, device_map={"": device}, **_source(request)
-        )
+        model = AutoModelForCausalLM.from_pretrained(request.model, **how, **_source(request))
     if request.adapter is not None:
+        _check_base(request)
         model = _with_adapter(model, request.adapter)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu" and parameters < SMALL_MODEL_PARAMETERS:
@@ -280,6 +282,16 @@ def _check_weights(request: ModelRequest) -> None:
 def _base_of(adapter: Path) -> str | None:
     base = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
     return str(base) if base else None
+
+
+def _check_base(request: ModelRequest) -> None:
+    """ConfigFailure when an adapter that we trained says that it was for other weights than this model's."""
+    try:
+        trained_on = json.loads((Path(str(request.adapter)) / "training.json").read_text())["model_digest"]
+    except (OSError, ValueError, KeyError, TypeError):  # not one of ours
+        return
+    if trained_on != digest(request.model, request.revision):
+        raise _other_base(str(request.adapter), "it was trained on weights with another digest")
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

@@ -1,4 +1,4 @@
-"""News of a worker for its supervisor: the phase it is in, and how many rows are written and synced."""
+"""News of a worker for its supervisor: the phase it is in, and how many rows, or steps, are done."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class Progress:
     def rows(self, synced: int) -> None:
         """Say how many rows of this attempt are on the disk."""
         self._said["rows_synced"] = synced
+        if time.monotonic() - self._saved_at >= _INTERVAL_S:
+            self._save()
+
+    def steps(self, done: int, total: int, words: str, eta_s: float) -> None:
+        """Say how many steps of a training are done, of how many, and how it goes in a few words."""
+        self._said.update(steps_done=done, steps_total=total, words=words, eta_s=eta_s)
         if time.monotonic() - self._saved_at >= _INTERVAL_S:
             self._save()
 

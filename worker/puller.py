@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs import rundir
+from jobs import locks, rundir
 from worker import outs
 from worker.outs import Signature, signature
 from worker.pieces import Pieces
@@ -68,6 +68,9 @@ class Puller:
         self.have_whole: dict[str, str] = request.get("have_whole", {})
         self.pieces = Pieces(run, request.get("parts", {}), self.have_whole)
         self.outs = outs.Outs(run)
+        self._begun = frozenset(request.get("parts", {}))
+        self._offered: Path | None = None
+        self._lease: int | None = None
         self.growing: dict[str, _Growth] = {}
         self.seen: dict[str, Signature] = {}
         self._first_seen: dict[str, tuple[Signature, float]] = {}
@@ -123,7 +126,9 @@ class Puller:
             for name in rundir.WHOLE:
                 self._whole(f"{folder}/{name}")
         for path in self.run.folders():
-            self._weights(path)
+            if rundir.checkpoint_number(path.name) is None:
+                self._weights(path)
+        self._checkpoint()
         for name, facts in self.outs.find(self._skip).items():
             if rundir.grows(name):
                 self._growth(name, facts, ended, is_last)
@@ -139,6 +144,22 @@ class Puller:
             self._first_seen[name] = (now, since)
         age_s = time.time() - max(facts.st_mtime, facts.st_ctime)
         return age_s >= STILL_S or time.monotonic() - since >= STILL_S
+
+    def _checkpoint(self) -> None:
+        """Offer one checkpoint, held against removal until all of it is home; then the newest of those that came since.
+
+        One that began to travel is finished first: on a slow line no checkpoint would ever come home whole otherwise.
+        """
+        found = [path for path in self.run.checkpoints() if f"{path.name}/{rundir.MANIFEST}" not in self.have_whole]
+        if self._offered not in found:
+            if self._lease is not None:
+                os.close(self._lease)
+            begun = [path for path in found if any(name.startswith(f"{path.name}/") for name in self._begun)]
+            newest = self.run.checkpoints()[-1:]
+            self._offered = next(iter([*begun, *(path for path in newest if path in found)]), None)
+            self._lease = locks.take(self._offered / rundir.MANIFEST) if self._offered else None
+        if self._offered:
+            self._weights(self._offered)
 
     def _weights(self, folder: Path) -> None:
         """Offer a folder of weights, its manifest once all the others are on their way home, not before."""

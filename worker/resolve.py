@@ -14,16 +14,21 @@ _SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", 
 
 
 def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
+    """Settle what an evaluation measures; see `keep`."""
+    return keep(run, resolved(prepared))
+
+
+def keep(run: rundir.Run, found: dict[str, Any]) -> dict[str, Any]:
     """Write resolved.json in the first attempt; later ones must come to the same, else FingerprintChanged explains."""
-    found = {**resolved(prepared), "weights": [folder.name for folder in run.folders()]}
+    found = {**found, "weights": [folder.name for folder in run.folders()]}
     known = durable.load_json(run.resolved)
     if known is None:
         durable.save_json(run.resolved, found)
         return found
     if known["fingerprint"] != found["fingerprint"]:
         raise FingerprintChanged(
-            f"This is not the measurement the run began with: {differences(known['identity'], found['identity'])}. "
-            "Rows of both would not be comparable, so nothing was generated; the rows so far are untouched.",
+            f"This is not what the run began with: {differences(known['identity'], found['identity'])}. "
+            "Results of both would not be comparable, so nothing was done; what there is so far is untouched.",
             "Put things back as they were and resume, or start a new run.",
         )
     return dict(known)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks, rundir, spec, times
+from jobs import durable, locks, rows, rundir, spec, times
 from worker import devices, processes
 from worker.failures import ConfigFailure
 from worker.mirroring import Mirroring
@@ -30,6 +30,7 @@ CRASHES_WITHOUT_ROW_MAX = 2
 KILLS_WITHOUT_ROW_MAX = 5
 """The same for a worker that was killed from outside."""
 GRACE_S = 10.0
+_OF_TRAINING = ("steps_done", "steps_total", "words", "eta_s")
 _TICK_S = 0.25
 _HEARTBEAT_S = 1.0
 _LOCK_WAIT_S = 5.0
@@ -225,6 +226,7 @@ class Supervisor:
             "rows_per_second": rate,
             "eta_s": None if left is None or not rate else round(left / rate, 1),
             "heartbeat": times.now(),
+            **{name: said[name] for name in _OF_TRAINING if name in said},
             **self._mirroring.said(),
         }
         with contextlib.suppress(OSError):
@@ -250,7 +252,7 @@ class Supervisor:
         held = self._claims.devices if self._claims else []
         not_free = devices.free_again(held, self._memory_before, str(self.run.folder), tick)
         said = durable.load_json(attempt.failure) or {}
-        outcome = self._judge(attempt, code, pace.good, said)
+        outcome = self._judge(attempt, code, pace.good + self._new_steps(attempt), said)
         if left:
             outcome["message"] += f" Processes that would not die: {left}."
         if not_free:
@@ -274,6 +276,14 @@ class Supervisor:
             self.run.reserve.unlink(missing_ok=True)
             durable.replace_whole(attempt.exit, data)
         return seal
+
+    def _new_steps(self, attempt: rundir.Attempt) -> int:
+        """How many steps a training did that no attempt before had done: only those are getting on."""
+        known = rows.Index()
+        for other in self.run.attempts():
+            if other.number != attempt.number:
+                rows.index(other.steps, known)
+        return len(rows.index(attempt.steps).keys.keys() - known.keys.keys())
 
     def _judge(self, attempt: rundir.Attempt, code: int, good: int, said: dict[str, Any]) -> dict[str, Any]:
         """The outcome fields of the seal: done, stopped, failed on purpose, or crashed (and whether to go on)."""

@@ -87,14 +87,14 @@ def ensure(models_dir: Path, note: Note, recipe: Recipe = RECIPE) -> Path:
     the first; WorkerFailure when it takes longer than half an hour, DiskFull when the model does not fit.
     """
     folder = models_dir / name(recipe)
-    if folder.is_dir() and damage(folder) is None:
+    if folder.is_dir() and rundir.damage(folder) is None:
         return folder
     models_dir.mkdir(parents=True, exist_ok=True)
     with _alone(models_dir, note):
         for leftover in models_dir.glob(f"{_TEMPORARY}*"):
             shutil.rmtree(leftover)
         if folder.is_dir():
-            reason = damage(folder)
+            reason = rundir.damage(folder)
             if reason is None:
                 return folder
             aside = _move_aside(folder)
@@ -108,24 +108,6 @@ def name(recipe: Recipe = RECIPE) -> str:
     text = [[problem.question, problem.solution] for problem in itertools.islice(problems.training(recipe.seed), 500)]
     identity = json.dumps([asdict(recipe), CHAT_TEMPLATE, list(_tokenizer_texts()), text])
     return f"tiny-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a model folder by its manifest, in words; None when every byte is as it was written."""
-    try:
-        listed = durable.load_json(folder / rundir.MANIFEST)
-    except ValueError:
-        listed = None
-    if not isinstance(listed, dict):
-        return f"{rundir.MANIFEST} is missing or cannot be read"
-    for file, entry in listed.items():
-        try:
-            found = _entry(folder / file)
-        except OSError as error:
-            return f"{file}: {error.strerror}"
-        if found != entry:
-            return f"{file} is not what was written"
-    return None
 
 
 def save_tokenizer(folder: Path, recipe: Recipe = RECIPE) -> None:
@@ -170,7 +152,9 @@ def _make(folder: Path, note: Note, recipe: Recipe) -> None:
         for file in files:
             with durable.opened(file, os.O_RDWR) as descriptor:
                 durable.sync(descriptor)
-        durable.save_json(temporary / rundir.MANIFEST, {file.name: _entry(file) for file in files})
+        durable.save_json(
+            temporary / rundir.MANIFEST, {file.name: rundir.entry_of(file.read_bytes()) for file in files}
+        )
         temporary.rename(folder)
         durable.sync_folder(folder.parent)
     except OSError as error:
@@ -187,11 +171,6 @@ def _weights(model: Any) -> bytes:
 
     tied = "lm_head.weight"  # the embedding under its other name
     return save({key: tensor for key, tensor in model.state_dict().items() if key != tied}, {"format": "pt"})
-
-
-def _entry(file: Path) -> dict[str, Any]:
-    data = file.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 # --- tokenizer and configuration -------------------------------------------------------------------------------------

@@ -75,6 +75,9 @@ def load_summary(run: Run) -> dict[str, Any]:
 def show(run: Run) -> None:
     """Print the headline numbers of a run and where its page is."""
     found = load_summary(run)
+    if "training" in found:
+        _show_training(run, found)
+        return
     click.echo(
         f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
         f"{found['tokens_out']} tokens in {found['seconds']:.1f} s"
@@ -90,6 +93,23 @@ def show(run: Run) -> None:
     for warning in _warnings(found):
         click.echo(f"\nWarning: {warning}")
     click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
+
+
+def _show_training(run: Run, found: dict[str, Any]) -> None:
+    """Print what a training came to, and how its adapter is used."""
+    made = found["training"]
+    click.echo(
+        f"\n{made['steps_done']} of {made['steps_total']} steps; {made['tokens']} tokens, {made['targets']} of them "
+        f"learned, in {made['seconds']:.1f} s\n"
+    )
+    names = ("first_loss", "final_loss", "eval_loss", "tokens_per_second", "targets_per_second")
+    output.columns(["TRAINING", "VALUE"], [[name, output.number(made[name])] for name in names])
+    for warning in found["resolved"].get("warnings", []):
+        click.echo(f"\nWarning: {plain(warning)}")
+    click.echo(f"\nReport:  {run.home.report}")
+    if made["adapter"]:
+        model = plain(str(found["model"]))
+        click.echo(f"Adapter: {made['adapter']}\nTry it:  --set model={model} --set adapter={made['adapter']}")
 
 
 def show_outs(run: Run) -> None:

@@ -321,7 +321,7 @@ def _go(run: Run, how: dict[str, bool]) -> None:
 def _show_outcome(run: Run, how: dict[str, bool]) -> None:
     """Print where the run stands now; a script gets its one document whatever happened."""
     is_command = run.job()["story"] == "command"
-    ended = run.record.state in runs.ENDED and (run.record.rows_home > 0 or is_command)
+    ended = run.record.state in runs.ENDED and (run.record.rows_home > 0 or run.record.steps_done > 0 or is_command)
     if how["as_json"]:
         found = results.load_summary(run) if ended else None
         output.document({**advance.document(run), "folder": str(run.home.folder), "summary": found})
@@ -378,7 +378,8 @@ def _show_check(found: dict[str, Any], as_json: bool) -> None:
         output.document(found)
     else:
         click.echo(f"The first prompt:\n{plain(found['first_prompt'])}\n")
-        click.echo(f"{found['examples']} examples, {found['rows_total']} completions to make.")
+        work = f"{found['steps_total']} steps" if "steps_total" in found else f"{found['rows_total']} completions"
+        click.echo(f"{found['examples']} examples, {work} to make.")
         for finding in found["findings"]:
             click.echo(f"{finding['level']}: {plain(finding['message'])}\n  {finding['hint']}")
         if not found["findings"]:

@@ -61,6 +61,8 @@ def _refresh(run: Run, *, everywhere: bool) -> None:
 
 def _line(entry: dict[str, Any]) -> list[str]:
     keys = ("run_id", "state", "rows_done", "rows_synced", "rows_home", "rows_total", "machine", "started_at")
+    if entry["steps_total"]:
+        entry = {**entry, "rows_done": entry["steps_done"], "rows_total": entry["steps_total"]}
     return ["-" if entry[key] is None else str(entry[key]) for key in keys]
 
 

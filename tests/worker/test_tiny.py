@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from jobs import durable, locks
+from jobs import durable, locks, rundir
 from worker import problems, tiny
 from worker.failures import WorkerFailure
 from worker.generators import Prompt, Sampling
@@ -122,7 +122,7 @@ def test_a_missing_file_is_repaired(folder: Path, file: str) -> None:
 def test_a_manifest_of_another_form_counts_as_damage(folder: Path, manifest: bytes) -> None:
     """Whatever a manifest holds, it is compared or found unreadable, never a crash."""
     (folder / "MANIFEST.json").write_bytes(manifest)
-    assert tiny.damage(folder) is not None
+    assert rundir.damage(folder) is not None
 
 
 @pytest.mark.slow

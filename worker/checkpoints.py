@@ -1,0 +1,108 @@
+"""Folders of weights that appear whole or not at all, checked before they are believed, and removed by their number."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jobs import durable, locks, rundir
+from worker.failures import DiskFull
+
+KEPT = 2
+"""Checkpoints that stay on the machine: the newest, and the one before it should that be damaged."""
+_SPARE_BYTES = 16 << 20
+"""Left free on the disk beside a checkpoint, for the rows and the log of what comes next."""
+_STAGED, _GONE, _DAMAGED = ".staged", ".gone", ".damaged"
+Say = Callable[[str], None]
+
+
+def save(run: rundir.Run, name: str, files: Mapping[str, bytes]) -> Path:
+    """Have these files as the folder `name` of the run, durably: it appears once every byte of it is on the disk.
+
+    One that is there already and whole stays. Raises DiskFull, before anything is written where that can be seen.
+    """
+    folder = run.folder / name
+    if (folder / rundir.MANIFEST).is_file() and rundir.damage(folder) is None:
+        return folder
+    _refuse_full_disk(run, name, sum(map(len, files.values())))
+    staged = run.folder / f".{name}{_STAGED}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        durable.make_folder(staged)
+        for file, data in files.items():
+            with durable.opened(staged / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                durable.write_all(descriptor, data)
+                durable.sync(descriptor)
+        durable.save_json(staged / rundir.MANIFEST, {file: rundir.entry_of(data) for file, data in files.items()})
+        if folder.exists():
+            _set_aside(folder, _DAMAGED)
+        staged.rename(folder)
+        durable.sync_folder(run.folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return folder
+
+
+def newest(run: rundir.Run, say: Say) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written; each damaged one is said, and set aside."""
+    for folder in reversed(run.checkpoints()):
+        reason = rundir.damage(folder)
+        if reason is None:
+            return folder
+        say(f"{folder.name} is damaged ({reason}) and passed over; the one before it is looked at.")
+        _set_aside(folder, _DAMAGED)
+    return None
+
+
+def retire(run: rundir.Run, kept: int = KEPT) -> None:
+    """Remove all checkpoints but the newest `kept`, by number; one that is being copied stays until the next time."""
+    found = run.checkpoints()
+    for folder in found[: max(len(found) - kept, 0)]:
+        if not locks.is_held(folder / rundir.MANIFEST):
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of weights: its name goes first, so that nobody takes half of it for the whole."""
+    shutil.rmtree(_set_aside(folder, _GONE), ignore_errors=True)
+
+
+def sweep(run: rundir.Run) -> None:
+    """Remove what earlier attempts left unfinished, and checkpoints that never got their manifest."""
+    for folder in run.folder.iterdir():
+        is_left = folder.name.startswith(".") and folder.suffix in (_STAGED, _GONE, _DAMAGED)
+        is_torn = rundir.checkpoint_number(folder.name) is not None and not (folder / rundir.MANIFEST).is_file()
+        if is_left or is_torn:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_aside(folder: Path, why: str) -> Path:
+    """Give a folder a hidden name that nothing reads, durably; returns it."""
+    aside = folder.with_name(f".{folder.name}{why}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+        durable.sync_folder(folder.parent)
+    return aside
+
+
+def _refuse_full_disk(run: rundir.Run, name: str, size: int) -> None:
+    """Raise DiskFull when so many bytes have no room even without the older checkpoints."""
+    if _free(run) < size + _SPARE_BYTES:
+        retire(run, 1)
+    if (free := _free(run)) < size + _SPARE_BYTES:
+        older = run.checkpoints()
+        known = f"{older[-1].name} is safe" if older else "there is no earlier one"
+        raise DiskFull(
+            f"{name} needs {size / 1e6:.0f} MB on the disk that holds {run.folder}, which has {free / 1e6:.0f} MB "
+            f"left; {known}. Training stopped here rather than go on unsaved.",
+            "Free some space there, then resume the run.",
+        )
+
+
+def _free(run: rundir.Run) -> int:
+    return shutil.disk_usage(run.folder).free

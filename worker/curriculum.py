@@ -1,0 +1,255 @@
+"""What a training will learn from, settled before weights load: rows as tokens, what is learned of them, the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from jobs import durable, rundir, spec
+from worker import builtin, lora, models, sources
+from worker.batches import Budget, Plan
+from worker.conversations import Encoder, LeftOut, Sample, shown
+from worker.failures import ConfigFailure
+from worker.prompts import Renderer, context_length
+
+SHOWN_ROWS = 3
+_CHANGES = (
+    *("steps", "epochs", "lr", "rank", "alpha", "dropout", "targets", "quantization", "optimizer", "max_length"),
+    *("batch_size", "batch_tokens", "accumulation", "packing", "mix", "schedule", "warmup", "weight_decay", "clip"),
+    *("eval_rows", "activation_checkpointing", "seed"),
+)
+"""Parameters that change the weights that come out. How often they are saved or tested does not."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything settled before the first step."""
+
+    params: dict[str, Any]
+    request: models.ModelRequest
+    settings: lora.Settings
+    tokenizer: Any
+    samples: list[Sample]
+    held: list[Sample]
+    """Rows that are only tested on."""
+    plan: Plan
+    micros: int | None
+    """How many micro-batches there are in all; None where `steps` decides."""
+    left_out: Counter[str]
+    """How many rows nothing can be learned from, by why."""
+    identity: dict[str, Any]
+    device: str
+
+    @property
+    def steps(self) -> int:
+        """How many steps there will be."""
+        return int(self.params["steps"]) if self.micros is None else math.ceil(self.micros / self.accumulation)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return int(self.params["accumulation"])
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this training from every other."""
+        return hashlib.sha256(spec.canonical(self.identity)).hexdigest()
+
+    def resolved(self) -> dict[str, Any]:
+        """The document of resolved.json."""
+        return {
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "device": self.device,
+            "model": self.params["model"],
+            "first_prompt": shown(self.samples[0], self.tokenizer),
+            "warnings": self.warnings(),
+        }
+
+    def warnings(self) -> list[str]:
+        """What a person should know of the rows before they are learned."""
+        return [f"{count} rows are left out: {why}." for why, count in sorted(self.left_out.items())]
+
+
+def prepare(job: dict[str, Any], run: rundir.Run, say: Say) -> Prepared:
+    """Read the dataset, tokenize and mask every row, plan the steps. Trains the built-in model when it is asked for.
+
+    Raises ConfigFailure for what cannot be read, and when more rows than `left_out` allows teach nothing.
+    """
+    known = durable.load_json(run.resolved)
+    return _prepare(job, lambda: builtin.folder(run, say), known["identity"] if known else {}, say)
+
+
+def rehearse(job: dict[str, Any], scratch: Path, say: Say) -> Prepared:
+    """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
+    return _prepare(job, lambda: builtin.outline(scratch), {}, say)
+
+
+def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Say) -> Prepared:
+    params = job["params"]
+    _check(params)
+    say("reading the dataset")
+    records = sources.load(_source(params))
+    mixed = sources.load(sources.Source(params["mix_dataset"], params["split"])) if params["mix"] else None
+    request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
+    renderer = Renderer(models.load_tokenizer(request), params["chat_template"])
+    encoder = _encoder(params, request, renderer)
+    rows = records.rows[: job["limit"]]
+    say(f"tokenizing {len(rows)} rows")
+    left_out: Counter[str] = Counter()
+    samples = _encoded(encoder, rows, left_out)
+    _refuse_too_few(samples, left_out, params["left_out"])
+    held, samples = _held(samples, params)
+    if mixed is not None:
+        samples += _mixed(_encoded(encoder, mixed.rows, left_out), len(samples), params)
+    plan = Plan([len(sample) for sample in samples], _budget(params), params["seed"])
+    digests = {"dataset_digest": records.digest, "mix_digest": mixed.digest if mixed else None, "limit": job["limit"]}
+    return Prepared(
+        params=params,
+        request=request,
+        settings=lora.Settings.of(params),
+        tokenizer=renderer.tokenizer,
+        samples=samples,
+        held=held,
+        plan=plan,
+        micros=None if params["steps"] else plan.count(params["epochs"]),
+        left_out=left_out,
+        identity=_identity(params, request, renderer) | digests,
+        device=str(models.choose_device(request.device)),
+    )
+
+
+def _check(params: dict[str, Any]) -> None:
+    """Raise ConfigFailure for parameters that do not go together."""
+    if bool(params["mix"]) is not bool(params["mix_dataset"]):
+        raise ConfigFailure("mix and mix_dataset belong together.", "--set mix=0.1 --set mix_dataset=old.jsonl")
+    if params["dtype"] in ("float16", "float64"):
+        raise ConfigFailure(
+            f"dtype={params['dtype']} cannot be trained with: gradients that are small become zero in float16, and "
+            "float64 is for comparisons only.",
+            "--set dtype=bfloat16, or float32",
+        )
+
+
+def _source(params: dict[str, Any]) -> sources.Source:
+    """Where the rows come from; `auto` is there for the built-in model alone."""
+    dataset = params["dataset"]
+    if dataset == "auto" and params["model"] != builtin.NAME:
+        raise ConfigFailure("A training needs rows to learn from.", "--set dataset=train.jsonl, or a name on the Hub")
+    return sources.Source(sources.GENERATED if dataset == "auto" else dataset, params["split"])
+
+
+def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
+    """Which model to load. What an earlier attempt resolved is kept to: its dtype, and the commit of a Hub model."""
+    digest = str(known.get("model_digest", ""))
+    commit = digest.removeprefix("commit:") if digest.startswith("commit:") else None
+    request = models.ModelRequest(
+        model=str(model or params["model"]),
+        revision=commit or params["revision"],
+        dtype=known.get("dtype", params["dtype"]),
+        device=params["device"],
+        trust_remote_code=params["trust_remote_code"],
+        quantization=params["quantization"],
+    )
+    return request if _dtype(request) != "float16" else dataclasses.replace(request, dtype="float32")
+
+
+def _dtype(request: models.ModelRequest) -> str:
+    return str(models.choose_dtype(request.dtype, models.choose_device(request.device))).removeprefix("torch.")
+
+
+def _encoder(params: dict[str, Any], request: models.ModelRequest, renderer: Renderer) -> Encoder:
+    """What turns rows into samples; the longest row fits the model and a micro-batch."""
+    if renderer.template is None and not renderer.plain:
+        renderer.ids([{"role": "user", "content": "?"}])  # says that there is no template, and what to do
+    context = context_length(models.load_config(request))
+    if context is not None and params["max_length"] > context:
+        raise ConfigFailure(
+            f"max_length={params['max_length']}, but the model's context holds {context} tokens.",
+            f"--set max_length={context}",
+        )
+    ends = models.end_token_ids(models.load_generation_config(request), renderer.tokenizer)
+    return Encoder(renderer, ends, min(params["max_length"], params["batch_tokens"] or params["max_length"]))
+
+
+def _encoded(encoder: Encoder, rows: list[dict[str, Any]], left_out: Counter[str]) -> list[Sample]:
+    """The rows as samples; what cannot be learned from is counted."""
+    found = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            found.append(encoder.encode(number, row))
+        except LeftOut as why:
+            left_out[str(why)] += 1
+    return found
+
+
+def _refuse_too_few(samples: list[Sample], left_out: Counter[str], most: float) -> None:
+    """Raise ConfigFailure when more than that share of the rows teaches nothing."""
+    lost = left_out.total()
+    if not samples or lost > most * (lost + len(samples)):
+        reasons = "; ".join(f"{count} rows: {why}" for why, count in left_out.most_common())
+        raise ConfigFailure(
+            f"Of {lost + len(samples)} rows {lost} cannot be learned from ({reasons}). Nothing was trained.",
+            "Mend the rows, raise max_length, or allow it: --set left_out=0.5",
+        )
+
+
+def _held(samples: list[Sample], params: dict[str, Any]) -> tuple[list[Sample], list[Sample]]:
+    """The rows that are only tested on, drawn by the seed, and the others."""
+    count = params["eval_rows"]
+    if count >= len(samples):
+        raise ConfigFailure(
+            f"eval_rows={count} leaves none of the {len(samples)} rows to learn from.", "Ask for fewer."
+        )
+    drawn = set(Random(f"{params['seed']}/held").sample(range(len(samples)), count))  # noqa: S311
+    return [samples[at] for at in sorted(drawn)], [each for at, each in enumerate(samples) if at not in drawn]
+
+
+def _mixed(other: list[Sample], count: int, params: dict[str, Any]) -> list[Sample]:
+    """As many of the other rows as make up the share that was asked for, drawn by the seed."""
+    share = params["mix"]
+    wanted = round(share / (1 - share) * count)
+    if wanted > len(other):
+        raise ConfigFailure(
+            f"mix={share} of {count} rows takes {wanted} others; {params['mix_dataset']} has {len(other)}.",
+            f"--set mix={len(other) / (len(other) + count):.3f} is the most there is.",
+        )
+    return Random(f"{params['seed']}/mixed").sample(other, wanted)  # noqa: S311
+
+
+def _budget(params: dict[str, Any]) -> Budget:
+    """Rows or tokens of a micro-batch; packed rows are counted in tokens whichever was asked for."""
+    tokens = params["batch_tokens"] or params["batch_size"] * params["max_length"]
+    return Budget(None if params["batch_tokens"] else params["batch_size"], tokens, params["packing"])
+
+
+def _identity(params: dict[str, Any], request: models.ModelRequest, renderer: Renderer) -> dict[str, Any]:
+    return {
+        "story": "train",
+        "model_digest": models.digest(request.model, request.revision),
+        "template_digest": renderer.template_digest,
+        "dtype": _dtype(request),
+        **{name: params[name] for name in _CHANGES},
+    }
+
+
+def show(prepared: Prepared, say: Say) -> None:
+    """Say what will be learned: the first rows with their targets marked, what is left out, and how many steps."""
+    for sample in prepared.samples[:SHOWN_ROWS]:
+        say(shown(sample, prepared.tokenizer))
+    for warning in prepared.warnings():
+        say(f"warning: {warning}")
+    tokens = sum(map(len, prepared.samples))
+    targets = sum(sample.targets for sample in prepared.samples)
+    say(
+        f"{len(prepared.samples)} rows of {tokens} tokens, {targets} of them learned; {len(prepared.held)} rows held "
+        f"out; {prepared.steps} steps of {prepared.accumulation} micro-batches"
+    )
