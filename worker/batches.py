@@ -113,6 +113,8 @@ class Batch:
 def collate(samples: Sequence[Sample], pad_id: int, *, packing: bool) -> Batch:
     """The samples as one batch: packed into a single row, or each in its own, padded on the right.
 
+    Padding needs no mask: it comes after everything that is learned, where causal attention never looks. (A mask would
+    give rows of padding nothing to look at, which makes NaN of them in models with a sliding window.)
     Packed rows are kept apart by positions that begin anew at each: attention does not cross them (`lora.check_packing`
     makes sure for the model at hand). What is learned comes from spans alone, so a padding token may be the end token.
     """
@@ -123,21 +125,16 @@ def collate(samples: Sequence[Sample], pad_id: int, *, packing: bool) -> Batch:
     ids = torch.full((len(lines), width), pad_id)  # (B, T)
     positions = torch.zeros((len(lines), width), dtype=torch.long)  # (B, T)
     labels = torch.full((len(lines), width), NOT_LEARNED)  # (B, T)
-    real = torch.zeros((len(lines), width), dtype=torch.long)  # (B, T)
     for row, line in enumerate(lines):
         at = 0
         for sample in line:
             tokens = torch.tensor(sample.ids, dtype=torch.long)
             ids[row, at : at + len(sample)] = tokens
             positions[row, at : at + len(sample)] = torch.arange(len(sample))
-            real[row, at : at + len(sample)] = 1
             for start, end in sample.spans:
                 labels[row, at + start - 1 : at + end - 1] = tokens[start:end]
             at += len(sample)
     keep = (labels != NOT_LEARNED).any(dim=0).nonzero().flatten()  # (P,)
-    inputs = {"input_ids": ids}
-    if packing:
-        inputs["position_ids"] = positions
-    elif len(lines) > 1:
-        inputs["attention_mask"] = real
-    return Batch(inputs, keep, labels[:, keep], int(real.sum()), sum(sample.targets for sample in samples))
+    inputs = {"input_ids": ids, **({"position_ids": positions} if packing else {})}
+    tokens, targets = sum(map(len, samples)), sum(sample.targets for sample in samples)
+    return Batch(inputs, keep, labels[:, keep], tokens, targets)

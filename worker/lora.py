@@ -85,12 +85,11 @@ def load(request: models.ModelRequest, settings: Settings) -> Learner:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks for names that transformers 6 will not have
-            model = get_peft_model(loaded.model, config)
+            model = get_peft_model(loaded.model, config).train()
+            if settings.activation_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:  # no module of that name
         raise ConfigFailure(f"targets={settings.targets}: {error}", "--set targets=all-linear") from error
-    model.train()
-    if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = {name: each for name, each in model.named_parameters() if each.requires_grad}
     wrong = [name for name, each in weights.items() if each.dtype != torch.float32]
     if wrong:
