@@ -194,7 +194,7 @@ def settle(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
         return
     if end["state"] == "died" or seal is None:
         failure = _lost(run, end["attempt"])
-    elif not arrivals.is_complete(seal):
+    elif not arrivals.is_complete(seal) or weights.is_owed(arrivals.copy, run.job(), seal):
         return  # the next pull brings the rest
     else:
         failure = {"kind": seal.kind, "message": seal.message, "hint": seal.hint}

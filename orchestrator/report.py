@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs import durable
+from orchestrator import training
 
 if TYPE_CHECKING:
     import jinja2
@@ -341,6 +342,7 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
     samples = max(map(len, intake.marks.values()), default=0)
     return {
         **_figures(summary, samples),
+        "training": training.shown(summary.get("training")),
         "summary": defaultdict(lambda: None, summary),
         "job": defaultdict(lambda: None, job),
         "times": intake.times or (None, None),

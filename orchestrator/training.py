@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import defaultdict
 from typing import Any
 
 from jobs import rows
@@ -65,6 +66,14 @@ def _thinned(points: list[list[float]]) -> list[list[float]]:
     width = max(1, math.ceil(len(points) / CURVE_POINTS))
     stretches = [points[at : at + width] for at in range(0, len(points), width)]
     return [[stretch[-1][0], sum(loss for _, loss in stretch) / len(stretch)] for stretch in stretches]
+
+
+def shown(made: Any) -> dict[str, Any] | None:
+    """The block for the page, with its curves as lines to draw; None for a run that is no training."""
+    if not isinstance(made, dict):
+        return None
+    curves = [[[float(step), float(loss)] for step, loss in made.get(name) or ()] for name in ("curve", "eval_curve")]
+    return defaultdict(lambda: None, {**made, "lines": drawn(curves[0], curves[1])})
 
 
 def drawn(curve: list[list[float]], other: list[list[float]], width: float = 640, height: float = 200) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from jobs import durable, rundir
 from orchestrator.parts import Parts
@@ -36,6 +37,11 @@ def mend(home: rundir.Home, copy: rundir.Run, parts: Parts) -> None:
     adapter = copy.folder / home.adapter.name
     if (adapter / rundir.MANIFEST).is_file() and not home.adapter.exists():
         settle(home, copy, adapter, parts)
+
+
+def is_owed(copy: rundir.Run, job: dict[str, Any], seal: rundir.Seal) -> bool:
+    """Whether a machine that is done with a training has not sent the adapter it made, whole."""
+    return job["story"] == "train" and seal.reason == "done" and rundir.damage(copy.folder / "adapter") is not None
 
 
 def to_send(home: rundir.Home) -> Path | None:

@@ -150,16 +150,27 @@ class Puller:
 
         One that began to travel is finished first: on a slow line no checkpoint would ever come home whole otherwise.
         """
-        found = [path for path in self.run.checkpoints() if f"{path.name}/{rundir.MANIFEST}" not in self.have_whole]
-        if self._offered not in found:
-            if self._lease is not None:
-                os.close(self._lease)
-            begun = [path for path in found if any(name.startswith(f"{path.name}/") for name in self._begun)]
-            newest = self.run.checkpoints()[-1:]
-            self._offered = next(iter([*begun, *(path for path in newest if path in found)]), None)
-            self._lease = locks.take(self._offered / rundir.MANIFEST) if self._offered else None
-        if self._offered:
+        while True:
+            found = [path for path in self.run.checkpoints() if not self._is_home(path)]
+            if self._offered not in found:
+                if self._lease is not None:
+                    os.close(self._lease)
+                    self._lease = None
+                begun = [path for path in found if any(name.startswith(f"{path.name}/") for name in self._begun)]
+                newest = [path for path in self.run.checkpoints()[-1:] if path in found]
+                self._offered = next(iter([*begun, *newest]), None)
+            if self._offered is None:
+                return
+            if self._lease is None:
+                with contextlib.suppress(FileNotFoundError):  # removed just now: the next look finds another
+                    self._lease = locks.take(self._offered / rundir.MANIFEST)
             self._weights(self._offered)
+            if not self._is_home(self._offered):
+                return
+
+    def _is_home(self, folder: Path) -> bool:
+        """Whether all of a folder of weights was sent: its manifest comes last."""
+        return f"{folder.name}/{rundir.MANIFEST}" in self.have_whole
 
     def _weights(self, folder: Path) -> None:
         """Offer a folder of weights, its manifest once all the others are on their way home, not before."""
