@@ -59,6 +59,10 @@ def main(words: list[str]) -> int:
         from worker import reranker
 
         return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "confine":
+        from worker import confinement
+
+        return confinement.main(sys.stdin.buffer, sys.stdout.buffer)
     raise SystemExit(f"unknown verb {verb!r}")
 
 
