@@ -150,7 +150,7 @@ def summarise(
 
 
 def _metrics(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
-    """Accuracy by each rule, pass@k, shares of cut-off and of answerless completions, and accuracy by subject."""
+    """Accuracy by each rule, pass@k, shares of cut-off and answerless completions, accuracy by subject and level."""
     found = {rule: _entry(_means(examples, _by_rule(place))) for place, rule in enumerate(examples.rules)}
     samples = max(map(len, scored.values()), default=0)
     for k in selection.PASS_AT:
@@ -161,16 +161,18 @@ def _metrics(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[
         values = _means(examples, share)
         if values:  # tasks that compare likelihoods generate nothing
             found[name] = _entry(values)
-    return found | _by_subject(examples, scored)
+    return found | _by_kind(examples, scored)
 
 
-def _by_subject(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
-    subjects: dict[str, list[float]] = defaultdict(list)
+def _by_kind(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
+    """Accuracy by subject and by level, as `subject/…` and `level/…`."""
+    kinds: dict[str, list[float]] = defaultdict(list)
     for example_id, candidates in scored.items():
-        subject = examples.groups[example_id].subject
-        if subject is not None:
-            subjects[subject].append(selection.mean(candidates))
-    return {f"subject/{name}": _entry(subjects[name]) for name in sorted(subjects)}
+        group = examples.groups[example_id]
+        for kind, name in (("subject", group.subject), ("level", group.level)):
+            if name is not None:
+                kinds[f"{kind}/{name}"].append(selection.mean(candidates))
+    return {name: _entry(kinds[name]) for name in sorted(kinds)}
 
 
 def _picks(

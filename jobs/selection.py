@@ -28,9 +28,10 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Group:
-    """One example's candidates by sample index, and the subject it is counted under."""
+    """One example's candidates by sample index, and the subject and level it is counted under."""
 
     subject: str | None = None
+    level: str | None = None
     candidates: dict[int, Candidate] = field(default_factory=dict)
 
     def scored(self) -> list[Candidate]:
@@ -49,7 +50,7 @@ class Examples:
         """Count a row in. Of a sample's rows the first without error is final; a row with an error has no score."""
         group = self.groups.get(row["example_id"])
         if group is None:
-            group = self.groups[row["example_id"]] = Group(row.get("subject"))
+            group = self.groups[row["example_id"]] = Group(row.get("subject"), row.get("level"))
         known = group.candidates.get(row["sample_index"])
         failed = row.get("error") is not None
         if known is not None and (failed or not known.failed):

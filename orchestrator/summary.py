@@ -40,6 +40,7 @@ def _counts(row: rows.Row) -> bool:
         and isinstance(row.get("score"), int | float | None)
         and isinstance(row.get("completion"), str | None)
         and isinstance(row.get("subject"), str | None)
+        and isinstance(row.get("level"), str | None)
         and isinstance(row.get("scores", {}), dict | None)
         and all(isinstance(score, int | float | None) for score in (row.get("scores") or {}).values())
     )

@@ -59,6 +59,10 @@ def main(words: list[str]) -> int:
         from worker import reranker
 
         return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "grade":
+        from worker import grading
+
+        return grading.serve_grades(sys.stdin.buffer, sys.stdout.buffer)
     if verb == "confine":
         from worker import confinement
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from worker import processes, syscalls
+from worker.companion import serve
 
 NAMESPACES, USER_NAMESPACES, BARE = "namespaces", "user-namespaces", "bare"
 """How a program is walled in: by namespaces that root makes, by those an ordinary user may make, or by neither."""
@@ -33,17 +34,44 @@ _VERDICT = 3  # the descriptor on which the program's runner says that it came t
 
 
 def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Read one order, run its program, write as JSON what came of it: `{"failed": why}` where no wall could be."""
-    order = json.loads(stdin.read())
+    """Answer each order with what came of its program: `{"failed": why}` where its walls could not be built."""
+    return serve(stdin, stdout, lambda _: _watched)
+
+
+def _watched(order: dict[str, Any]) -> Any:
+    """What came of one order, from a process that only this program's walls are around."""
+    answer, said = os.pipe()
+    caller = os.getpid()
+    watch = _forked(lambda: _answer(order, caller, said), said)
+    os.close(said)
+    heard = select.poll()
+    heard.register(answer, select.POLLIN)
+    heard.register(0, 0)  # tells when who ordered is gone
+    text = b""
+    while not text.endswith(b"\n"):
+        ready = dict(heard.poll())
+        if 0 in ready:
+            os.kill(watch, signal.SIGKILL)
+            os._exit(1)
+        chunk = os.read(answer, 1 << 16)
+        if not chunk:
+            break
+        text += chunk
+    os.close(answer)
+    os.waitpid(watch, 0)
+    return json.loads(text) if text.startswith(b"{") else {"failed": text.decode(errors="replace") or "its watch died"}
+
+
+def _answer(order: dict[str, Any], caller: int, said: int) -> None:
     if sys.platform == "linux":
-        processes.die_with_parent(order["parent"])
+        processes.die_with_parent(caller)
         processes.become_subreaper()
-    try:
-        found = _Watch(order).run()
-    except OSError as error:
-        found = {"failed": f"{error.strerror or error}"}
-    stdout.write(json.dumps(found).encode() + b"\n")
-    return 0
+    with os.fdopen(said, "wb") as out:
+        try:
+            found = _Watch(order).run()
+        except OSError as error:
+            found = {"failed": f"{error.strerror or error}"}
+        out.write(json.dumps(found).encode() + b"\n")
 
 
 class _Watch:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, shares, times
-from worker import facts, models, plan, resolve, selecting
+from worker import facts, models, plan, resolve, sandbox, selecting
 from worker.expectation import Watch
 from worker.generators import Completion, Generator
 from worker.generators.hf import HfGenerator
 from worker.plan import Item
 from worker.progress import Progress
+from worker.tasks import RUNS_CODE, Reply
 
 
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
@@ -21,6 +22,8 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     progress = Progress(attempt.progress)
     prepared = plan.prepare(job, run, progress.phase)
     plan.refuse_bad_prompts(prepared, say)
+    if prepared.task.NAME in RUNS_CODE:
+        say(sandbox.walls().described())
     resolve.list_examples(run, prepared)
     resolve.settle(run, prepared)  # after the list: once this is home, that and the run's own model are, or follow
     done = finished(run)
@@ -85,6 +88,7 @@ def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> row
         "example_id": item.example.id,
         "sample_index": item.sample_index,
         "subject": item.example.subject,
+        **({} if item.example.level is None else {"level": item.example.level}),
         **item.asked,
         "completion": None if completion.error else completion.text,
         "finish_reason": completion.finish_reason,
@@ -96,10 +100,12 @@ def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> row
     }
     if completion.error:
         return {**row, "answer": None, "score": None, "answers": {}, "scores": {}}
-    verdict = prepared.task.score(completion.text, item.example.target)
+    verdict = prepared.task.score(Reply(completion.text, completion.finish_reason), item.example.target)
     headline = prepared.task.HEADLINE
     return {
         **row,
+        "error": verdict.error,
+        **({"notes": dict(verdict.notes)} if verdict.notes else {}),
         "answer": verdict.answers[headline],
         "score": verdict.scores[headline],
         "answers": dict(verdict.answers),

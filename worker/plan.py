@@ -90,10 +90,11 @@ def _prepare(
     job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Callable[[str], None]
 ) -> Prepared:
     """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
+    tasks.require(job["task"])
     params, task = job["params"], tasks.get(job["task"])
     say("reading the dataset")
     records = sources.load(_source(params, task, params["split"]))
-    examples = _examples(task, records)[: job["limit"]]
+    examples = _examples(task, records, params)[: job["limit"]]
     _refuse_twins(examples, records.name)
     shots = _shots(params, task)
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
@@ -103,7 +104,7 @@ def _prepare(
     shown = [example for example in examples if example.id in mine] or examples[:1]
     say(f"rendering {len(shown)} prompts")
     rendered = [_render(renderer, task, example, shots, params) for example in shown]
-    sampling = _sampling(params)
+    sampling = _sampling(params, task.STOP if renderer.plain else ())
     return Prepared(
         params=params,
         task=task,
@@ -147,13 +148,13 @@ def _source(params: dict[str, Any], task: Task, split: str) -> sources.Source:
     """Where examples come from; the built-in model is asked the problems that it was made for."""
     dataset = params["dataset"]
     if dataset == "auto":
-        dataset = "generated" if params["model"] == builtin.NAME else task.DATASET
+        dataset = task.SAMPLE if params["model"] == builtin.NAME else task.DATASET
     return sources.Source(dataset, split, None)
 
 
 def _shots(params: dict[str, Any], task: Task) -> list[Example]:
     """The first examples of the training split, fixed: the same prefix for every prompt."""
-    if not params["shots"]:
+    if not params.get("shots"):
         return []
     if params["shots_dataset"]:
         source = sources.Source(params["shots_dataset"], "train")
@@ -164,7 +165,7 @@ def _shots(params: dict[str, Any], task: Task) -> list[Example]:
         )
     else:
         source = _source(params, task, "train")
-    return _examples(task, sources.load(source))[: params["shots"]]
+    return _examples(task, sources.load(source), params)[: params["shots"]]
 
 
 def _digest(shots: list[Example]) -> str:
@@ -172,9 +173,9 @@ def _digest(shots: list[Example]) -> str:
     return hashlib.sha256(spec.canonical([(shot.problem, shot.solution) for shot in shots])).hexdigest()
 
 
-def _examples(task: Task, records: sources.Records) -> list[Example]:
+def _examples(task: Task, records: sources.Records, params: dict[str, Any]) -> list[Example]:
     try:
-        return task.examples(records.rows)
+        return task.examples(records.rows, **{name: params[name] for name in task.OPTIONS})
     except BadRecord as bad:
         raise BadRecord(f"{records.name}, {bad.message}", bad.hint) from None
 
@@ -190,12 +191,12 @@ def _refuse_twins(examples: Sequence[Example], name: str) -> None:
         seen.add(example.id)
 
 
-def _sampling(params: dict[str, Any]) -> Sampling:
+def _sampling(params: dict[str, Any], stop: tuple[str, ...]) -> Sampling:
     return Sampling(
         temperature=params["temperature"],
         top_p=params["top_p"],
         max_new_tokens=params["max_new_tokens"],
-        stop=(params["stop"],) if params["stop"] else (),
+        stop=(params["stop"],) if params["stop"] else stop,
     )
 
 

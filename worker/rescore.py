@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from jobs import spec
 from worker import tasks
 from worker.failures import BadRecord, ConfigFailure
-from worker.tasks import Task
+from worker.tasks import Reply, Task
 
 EXIT_CONFIG = 3
 """What `main` returns after a failure document: the request or the file must change, trying again will not help."""
@@ -27,6 +27,8 @@ class Request:
     path: str
     completion: str
     target: str
+    allow: bool = False
+    """Whether what the model wrote may be run, by a task that does so."""
 
 
 @dataclass
@@ -42,10 +44,10 @@ class _Tally:
     ignored_last_line: bool = False
 
     def add(self, index: int, verdict: tasks.Verdict) -> None:
-        """Count a scored row; it disagrees when its rules do not all give the same score."""
+        """Count a scored row; it disagrees when the rules that apply to it do not all give the same score."""
         scores = tuple(verdict.scores[rule] for rule in self.rules)
         self.scores[index] = self.seen.setdefault(scores, scores)  # a few distinct tuples serve all rows
-        if len(set(scores)) > 1:
+        if len(set(scores) - {None}) > 1:
             self.disagreements.append(
                 {"index": index, "answers": dict(verdict.answers), "scores": dict(verdict.scores)}
             )
@@ -69,8 +71,14 @@ class UnknownTask(ConfigFailure):
     kind = "usage"
 
 
+class NotAllowed(ConfigFailure):
+    """Scoring would run programs that a model wrote, and nobody has said that this is wanted here."""
+
+    kind = "consent"
+
+
 def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Read `{task, path, completion, target}`, write what `gpu rescore --json` promises; returns the exit code.
+    """Read `{task, path, completion, target, allow}`, write what `gpu rescore --json` promises; returns the exit code.
 
     What cannot be scored gives `{"failed": {"kind", "message", "hint"}}` instead, and a code other than 0. Indexes
     count the file's rows from 0; messages count its lines from 1.
@@ -78,6 +86,8 @@ def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
     try:
         request = _request(stdin.read())
         task = _task(request.task)
+        if request.task in tasks.RUNS_CODE and not request.allow:
+            raise NotAllowed(*_question(request))
         tally = _scored(request, task)
     except ConfigFailure as failure:
         document = {"failed": {"kind": failure.kind, "message": failure.message, "hint": failure.hint}}
@@ -91,9 +101,21 @@ def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
 def _request(data: bytes) -> Request:
     try:
         asked = json.loads(data)
-        return Request(**{name: str(asked[name]) for name in ("task", "path", "completion", "target")})
+        texts = {name: str(asked[name]) for name in ("task", "path", "completion", "target")}
+        return Request(**texts, allow=asked.get("allow") is True)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigFailure(f"The request to rescore cannot be read: {error!r}.") from error
+
+
+def _question(request: Request) -> tuple[str, str]:
+    """What is asked before foreign programs are run here, and how to say yes."""
+    from worker import sandbox
+
+    held_by = sandbox.walls().described()
+    return (
+        f"To score {request.task}, every completion in {request.path} is run here. {held_by}",
+        "Say yes: gpu rescore … -y",
+    )
 
 
 def _task(name: str) -> Task:
@@ -116,7 +138,8 @@ def _scored(request: Request, task: Task) -> _Tally:
             tally.add_failed(index, row.get("key"))
         else:
             completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
-            tally.add(index, task.score(completion, target))
+            ended = row.get("finish_reason")
+            tally.add(index, task.score(Reply(completion, ended if isinstance(ended, str) else None), target))
         index += 1
     if index == 0:
         cut = " Its only line is not JSON." if tally.ignored_last_line else ""
@@ -187,6 +210,7 @@ def _document(request: Request, tally: _Tally) -> Iterator[str]:
         "n": len(tally.scores),
         "rules": counts,
         "ignored_last_line": tally.ignored_last_line,
+        "not_installed": tasks.lacking(request.task),
         "disagreements": tally.disagreements,
     }
     yield json.dumps(head)[:-1] + ', "rows": ['

@@ -65,7 +65,7 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         "shots_digest": prepared.shots_digest,
         "engine": "hf",
         "dtype": str(models.choose_dtype(request.dtype, device)).removeprefix("torch."),
-        **{name: prepared.params[name] for name in _SAMPLING},
+        **{name: prepared.params[name] for name in (*_SAMPLING, *prepared.task.OPTIONS) if name in prepared.params},
     }
 
 

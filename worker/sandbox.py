@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import random
 import secrets
@@ -13,13 +12,16 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from worker import processes, syscalls
+from worker.companion import Companion, Ended
 from worker.confinement import BARE, NAMESPACES, USER_NAMESPACES
+from worker.failures import ConfigFailure
 
 NOT_PROTECTED = (
     "It does not protect from holes in the kernel, from a program that heats the processor or learns from its timing, "
@@ -29,6 +31,7 @@ _PROBE_S = 30.0
 _GRACE_S = 30.0  # for the walls to be built and taken down, on a busy machine
 _UIDS = range(61184, 65000)  # systemd's range for users of the moment, below what small containers map
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/nix/store")
+_THREAD = threading.local()
 _RUNNER = """
 import contextlib, os, sys
 token, _, program = sys.stdin.buffer.read().decode("utf-8", "surrogatepass").partition("\\n")
@@ -99,7 +102,7 @@ class Walls:
         return f"Programs that the model wrote run behind walls: {', '.join(held)}.{holes} {NOT_PROTECTED}"
 
 
-class SandboxFailed(Exception):
+class SandboxFailed(ConfigFailure):
     """The walls could not be built or taken down: this says nothing about the program."""
 
 
@@ -121,7 +124,7 @@ def walls() -> Walls:
             if outcome.passed:
                 return tried
             complaints.append(f"{way}: ended by {outcome.ended}: {outcome.output[-200:]}")
-    raise SandboxFailed("no walls can be built here: " + "; ".join(complaints))
+    raise SandboxFailed(f"no walls can be built here for programs that a model wrote: {'; '.join(complaints)}")
 
 
 def run(program: str, wall_s: float, held_by: Walls | None = None, limits: Limits = Limits()) -> Outcome:
@@ -142,14 +145,13 @@ def run(program: str, wall_s: float, held_by: Walls | None = None, limits: Limit
             "uid": uid,
             "folder": os.path.realpath(folder),
             "readable": readable,
-            "words": [python, "-s", "-c", _RUNNER],
+            "words": [python, "-S", "-s", "-c", _RUNNER],
             "env": {**_ENVIRONMENT, **_ONE_THREAD, "PYTHONPATH": sysconfig.get_path("purelib")},
             "limits": asdict(limits),
             "processes_before": 0 if uid is not None else processes.owners().get(os.getuid(), 0),
             "wall_s": wall_s,
             "token": token,
             "program": f"{token}\n{program}",
-            "parent": os.getpid(),
         }
         found = _confine(order, wall_s)
     if "failed" in found:
@@ -158,19 +160,13 @@ def run(program: str, wall_s: float, held_by: Walls | None = None, limits: Limit
 
 
 def _confine(order: dict[str, Any], wall_s: float) -> dict[str, Any]:
-    """What a child with nothing in its environment says came of an order."""
-    words = [sys.executable, "-I", "-S", str(Path(__file__).with_name("__main__.py")), "confine"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, env={}, start_new_session=True) as child:
-        try:
-            out, said = child.communicate(json.dumps(order).encode(), timeout=wall_s + _GRACE_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            return {"failed": f"it did not answer within {wall_s + _GRACE_S:g} s"}
+    """What this thread's child, which has nothing in its environment, says came of an order."""
+    if not hasattr(_THREAD, "child"):
+        _THREAD.child = Companion("confine", {}, env={})
     try:
-        found: dict[str, Any] = json.loads(out)
-    except ValueError:
-        return {"failed": f"it ended with {child.returncode}: {said[-300:].decode(errors='replace')}"}
+        found: dict[str, Any] = _THREAD.child.ask(order, wall_s + _GRACE_S)
+    except (TimeoutError, Ended) as failed:
+        return {"failed": str(failed)}
     return found
 
 

@@ -14,6 +14,9 @@ from worker.tasks import Example, Verdict
 NAME = "gsm8k"
 VERSION = "1"
 DATASET = "openai/gsm8k"
+SAMPLE = "generated"
+STOP: tuple[str, ...] = ()
+OPTIONS: tuple[str, ...] = ()
 RULES = ("numeric", "strict", "flexible")
 """`numeric` is ours; `strict` and `flexible` are strict-match and flexible-extract of lm-evaluation-harness 0.4.13."""
 HEADLINE = "numeric"
