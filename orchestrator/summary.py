@@ -92,7 +92,7 @@ def conflicts(run: Run) -> list[str]:
     found: list[str] = []
     for row in itertools.chain.from_iterable(map(_made_by, copies)):
         if row.get("error") is None and _counts(row):
-            answer = hash((row.get("completion"), repr(row.get("score"))))
+            answer = hash((row.get("completion"), repr(row.get("prediction")), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
                 found.append(str(row["key"]))
     return sorted(set(found))[:_CONFLICTS_MAX]

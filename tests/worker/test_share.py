@@ -22,7 +22,7 @@ def job() -> dict[str, Any]:
 def items(job: dict[str, Any], scratch: Path) -> dict[str, tuple[Any, ...]]:
     prepared = plan.rehearse(job, scratch, lambda _: None)
     assert len(prepared.example_ids) == 5
-    assert prepared.first_prompt
+    assert prepared.asked.first_prompt
     return {item.key: (item.prompt.seed, tuple(item.prompt.token_ids), item.asked) for item in prepared.items}
 
 

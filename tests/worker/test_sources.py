@@ -99,7 +99,9 @@ BAD = {
     "cut.jsonl.gz": (gzip.compress(LINES)[:-20], "cannot be unzipped"),
     "garbled.jsonl.gz": (gzip.compress(LINES)[:12] + b"\xff" * 40, "cannot be unzipped"),
     "plain.json.gz": (b"[]", "cannot be unzipped"),
-    "table.csv": (b"a,b\n", "suffix"),
+    "table.tsv": (b"a\tb\n", "suffix"),
+    "ragged.csv": (b"a,b\n1,2\n1,2,3\n", "row 2: 3 columns, not 2"),
+    "empty.csv": (b"a,b\n", "has no rows"),
     "no.parquet": (b"PAR1 not really", "cannot be read as Parquet"),
 }
 
