@@ -92,3 +92,99 @@ def test_batches_agree_in_float32() -> None:
         got = weighed(llama, asked, batch_size)
         for query in asked:
             assert got[query.key].logliks == pytest.approx(single[query.key].logliks, abs=1e-4)
+
+
+def test_what_many_contexts_begin_with_is_read_once() -> None:
+    """Six contexts with the same 100 tokens before them cost one pass over those, and one over what is their own."""
+    tiny = loaded("llama")
+    shots = tuple(range(5, 105))
+    asked = [Query(f"{n}", tuple(((*shots, 9, n), (choice,)) for choice in (20, 21, 22, 23))) for n in range(10, 16)]
+    with watched(tiny) as shapes:
+        weighed(tiny, asked, 8)
+    assert shapes == [(1, 101), (6, 1)]  # the token before the last is shared, too
+
+
+def test_a_beginning_is_kept_for_the_next_batches() -> None:
+    """What was read of shared shots serves all batches that are read ahead later, until other shots come."""
+    tiny = loaded("llama")
+    shots = [tuple(range(first, first + 100)) for first in (5, 6)]
+    asked = [
+        Query(f"{n}", (((*shots[n // 40], n + 5, 7), (8,)), ((*shots[n // 40], n + 5, 7), (9,)))) for n in range(80)
+    ]
+    with watched(tiny) as shapes:
+        weighed(tiny, asked, 2)  # reads 16 queries ahead
+    assert [shape for shape in shapes if shape[1] > 2] == [(1, 100), (1, 100)]
+
+
+def test_choices_of_several_tokens_go_on_from_their_context() -> None:
+    """A context of 30 tokens with four choices of 5 is read once, and then what differs of the choices."""
+    tiny = loaded("llama")
+    context = tuple(range(30, 60))
+    asked = [Query("x", tuple((context, (n, 1, 2, 3, 4)) for n in (5, 6, 7, 8)))]
+    with watched(tiny) as shapes:
+        weighed(tiny, asked, 8)
+    assert shapes == [(1, 30), (4, 4)]
+    with watched(tiny) as shapes:
+        weighed(tiny, [Query("y", tuple((context, (1, 2, 3, n)) for n in (5, 6, 7, 8)))], 8)
+    assert shapes == [(1, 33)], "choices that differ in their last token alone are one text"
+
+
+def test_a_batch_that_is_too_large_is_halved_and_nothing_is_lost() -> None:
+    """Where memory runs out with more than 3 texts, the batch is halved, once, and every query is answered."""
+    tiny, asked, said = loaded("llama"), queries(30, seed=2), list[str]()
+    expected = weighed(tiny, asked, 1)
+
+    def refuse(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if len(inputs["input_ids"]) > 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    weigher = HfWeigher(tiny, 12, MAX_LENGTH, said.append)
+    hook = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        found = dict(weigher.weigh(asked))
+    finally:
+        hook.remove()
+    assert weigher.batch_size == 3
+    assert len(said) == 2
+    for query, got in found.items():
+        assert got.logliks == pytest.approx(expected[query.key].logliks, abs=1e-5)
+    assert len(found) == len(asked)
+
+
+def test_a_text_too_large_for_the_memory_is_an_error_of_its_own() -> None:
+    """What does not fit alone is answered with an error that says so; everything else is answered."""
+    tiny = loaded("llama")
+    asked = [Query("small", (((5, 6), (7,)),)), Query("large", ((tuple(range(5, 205)), (7,)), ((5, 6), (8,))))]
+
+    def refuse(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if inputs["input_ids"].shape[1] > 100:
+            raise RuntimeError("can't allocate memory")
+
+    hook = tiny.model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        found = weighed(tiny, asked, 4)
+    finally:
+        hook.remove()
+    assert found["small"].error is None
+    assert "alone: can't allocate memory" in str(found["large"].error)
+
+
+def test_scores_that_are_not_numbers_are_an_error() -> None:
+    """A model whose scores are NaN gives no likelihood, and says why."""
+    broken = model("llama")
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    found = weighed(wrapped(broken), [Query("x", (((5, 6), (7,)),))], 4)
+    assert "not numbers" in str(found["x"].error)
+
+
+def test_rows_come_as_they_are_known() -> None:
+    """The first likelihoods are there when a batch is, long before all queries were read."""
+    taken = []
+
+    def source() -> Iterator[Query]:
+        for query in queries(200):
+            taken.append(query)
+            yield query
+
+    next(HfWeigher(loaded("llama"), 2, MAX_LENGTH, note=[].append).weigh(source()))
+    assert len(taken) <= 16
