@@ -188,3 +188,17 @@ def test_rows_come_as_they_are_known() -> None:
 
     next(HfWeigher(loaded("llama"), 2, MAX_LENGTH, note=[].append).weigh(source()))
     assert len(taken) <= 16
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # read by peft 0.21
+def test_an_adapter_is_weighed_with_its_model() -> None:
+    """A peft-wrapped model weighs as one pass of the wrapped model does, and not as its base."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    tuned = get_peft_model(model("qwen2"), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    asked = queries(12, seed=4)
+    got, bare = weighed(wrapped(tuned.eval()), asked, 5), weighed(loaded("qwen2"), asked, 5)
+    for query in asked:
+        assert got[query.key].logliks == pytest.approx([alone(tuned, *pair) for pair in query.pairs], abs=1e-5)
+    assert any(abs(got[key].logliks[0] - bare[key].logliks[0]) > 0.01 for key in got)
