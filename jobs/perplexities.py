@@ -7,8 +7,11 @@ is nothing to be right about. Such a row is whole. It counts as scored, and it i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import exp, fsum, inf, isfinite, log, sqrt
+from math import exp, fsum, inf, log, sqrt
 from typing import Any, NamedTuple
+
+_MOST = 1e15
+"""No number of a text is larger; what is counted is at least 1. A machine may send anything."""
 
 
 class Reading(NamedTuple):
@@ -23,10 +26,10 @@ class Reading(NamedTuple):
 def reading(row: Mapping[str, Any]) -> Reading | None:
     """What a row says of a text that was read; None for any other row, and for one whose numbers cannot be."""
     values = [row.get(name) for name in Reading._fields]
-    numbers = [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if row.get("error") is not None or len(numbers) < len(values) or not all(map(isfinite, numbers)):
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if row.get("error") is not None or len(numbers) < len(values) or not all(abs(each) < _MOST for each in numbers):
         return None
-    return Reading(*numbers) if min(numbers[1:]) > 0 else None
+    return Reading(*numbers) if min(numbers[1:]) >= 1 else None
 
 
 def entries(found: Sequence[Reading], student_t_95: Callable[[int], float]) -> dict[str, dict[str, Any]]:

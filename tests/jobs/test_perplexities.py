@@ -37,7 +37,7 @@ def test_a_text_without_score_is_whole_and_one_with_an_error_is_not() -> None:
     assert found["metrics"]["token_perplexity"]["stderr"] is None
 
 
-@pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), 0, -3])
+@pytest.mark.parametrize("value", [None, True, "1", float("nan"), float("inf"), 0, -3, 10**400, 1e-300])
 def test_numbers_that_cannot_be_are_no_reading(value: Any) -> None:
     """A machine may send anything: a count that is none, or no more than nothing, makes a row unscored."""
     assert perplexities.reading({**row("a", -1.0), "tokens": value}) is None
