@@ -219,15 +219,26 @@ def _lost(run: Run, attempt: int) -> dict[str, str]:
 
 
 def machine_is_gone(run: Run, arrivals: Arrivals, news: News) -> None:
-    """Take over that a machine of the run is no more, by its provider's own word; a mirror is read first."""
+    """Take over that a machine of the run is no more, by its provider's own word.
+
+    What was rescued from it is taken in first, then what a mirror holds.
+    """
+    from orchestrator import rescue
+
     name = arrivals.copy.folder.name
+    end = rescue.take_in(run, arrivals, lambda words: news({"say": words}, b""))
+    if end is not None:
+        _came(run, arrivals, end)
     from_mirror(run, arrivals, news)
     if run.record.machine == name and run.record.state in ("pushed", "running"):
         message = f"{name} is gone, and with it what it had not sent. {run.record.rows_home} rows are home."
         failure = {"kind": "lost", "message": message, "hint": f"Carry on elsewhere: gpu resume {run.run_id} --gpu …"}
         run.end_leg()
         run.save(state="lost", finished_at=clock.now(), failure=failure)
-    former = [{**entry, "settled": entry["settled"] or entry["machine"] == name} for entry in run.record.former]
+    is_all = not rescue.is_waiting(name, run.run_id)
+    former = [
+        {**entry, "settled": entry["settled"] or (is_all and entry["machine"] == name)} for entry in run.record.former
+    ]
     run.save(former=former)
 
 
@@ -243,6 +254,11 @@ def from_mirror(run: Run, arrivals: Arrivals, news: News) -> None:
     except GpuError as error:
         news({"say": f"The mirror {run.record.mirror} gave nothing: {error.message}"}, b"")
         return
+    _came(run, arrivals, end)
+
+
+def _came(run: Run, arrivals: Arrivals, end: dict[str, Any]) -> None:
+    """Take over what came home of a machine that cannot be asked, and whether the run had ended there."""
     follow.note(run, arrivals)
     if run.record.machine == arrivals.copy.folder.name and end.get("state") == "ended":
         settle(run, arrivals, end)

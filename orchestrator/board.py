@@ -18,6 +18,8 @@ from orchestrator.transport import Machine
 
 _WAKE_S = 0.5
 """How often one that waits looks whether a stop was asked for, or its machine's time is over."""
+_NEEDED_S = 5.0
+"""How often a machine on its way up looks whether there is something left for it to do."""
 _UNWATCHED = "expectation"
 """The kind of failure that speaks of the whole run, whichever share it was noticed in."""
 _OF_MACHINES = ("busy", "disk_full")
@@ -26,6 +28,10 @@ _OF_MACHINES = ("busy", "disk_full")
 
 class Left(Exception):
     """This process lets go of the run; what runs on machines goes on there."""
+
+
+class NotNeeded(Exception):
+    """There is nothing left to do for a machine that is on its way up."""
 
 
 @dataclass
@@ -206,3 +212,22 @@ class Board:
             self.news.put(({"say": f"{seat.name or 'a machine'}: {words}"}, b""))
 
         return say
+
+    def while_needed(self, seat: Seat) -> Callable[[str], None]:
+        """The same for a machine on its way up; raises NotNeeded, too, when the others have left nothing for it.
+
+        Words that would replace one another on a terminal are not passed on.
+        """
+        say, looked_at = self.say(seat), clock.monotonic()
+
+        def told(words: str) -> None:
+            nonlocal looked_at
+            self.check()
+            if clock.monotonic() - looked_at > _NEEDED_S:
+                looked_at = clock.monotonic()
+                if not self.has_left():
+                    raise NotNeeded
+            if not words.startswith("\r"):
+                say(words)
+
+        return told

@@ -1,4 +1,4 @@
-"""Large files to a machine by the system's rsync over ssh, watched and killed as a group; and what ssh-keygen knows."""
+"""Large files to and from a machine by the system's rsync over ssh, killed as a group; and what ssh-keygen knows."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")
 _PROGRESS = re.compile(rb"\s*([0-9][0-9,.]*)\s+[0-9]+%")
 _PIECE_BYTES = 1 << 20
 _TOOL_DEADLINE_S = 10.0
+_LOOK_S = 0.25
 _PROTOCOL = 2  # rsync(1), EXIT VALUES
 
 
@@ -59,23 +60,61 @@ def push(target: Target, files: list[tuple[Path, str]], progress: Callable[[int]
         words = ["rsync", "-rL", "--inplace", "--partial", "--no-perms", "--chmod=F600", "--progress"]
         shell = f'ssh -F "{target.config}" -o ServerAliveInterval=5'  # so that a dead peer is noticed within 20 s
         words += ["-e", shell, "--", f"{links}/", f"{target.host}:{target.folder}/"]
-        _watched(words, target, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, progress)
+        watch = _Watch(target.host, _DEADLINE_S + total / _SLOWEST_BYTES_PER_S, target.given_up, progress)
+        _watched(words, watch, f"The copy to {target.host}")
 
 
-def _watched(words: list[str], target: Target, deadline_s: float, progress: Callable[[int], None]) -> None:
+@dataclass(frozen=True)
+class Source:
+    """What is copied here: a folder of a module of the rsync that the host of an ssh_config offers over ssh."""
+
+    config: Path
+    host: str
+    path: str
+    """MODULE/FOLDER."""
+    file_max_bytes: int
+    given_up: Callable[[], bool]
+    """Says, some times a second, when it is to be broken off; it may raise, to say why."""
+
+
+def pull(source: Source, folder: Path, rules: list[str], scratch: Path | None) -> None:
+    """Copy the regular files that rsync's filter rules let through into a folder of ours.
+
+    What only grows is written in place, so that a copy that breaks off leaves a beginning of it; with `scratch`, a
+    folder on the same disk, files appear whole or not at all. Raises NotReachable when it breaks off, or is given up.
+    """
+    words = ["rsync", "-rm", "--no-inc-recursive", "--no-links", "--no-perms", "--chmod=D700,F600", "--whole-file"]
+    words += ["--inplace"] if scratch is None else [f"--temp-dir={scratch}"]
+    words += [f"--max-size={source.file_max_bytes}", *(f"--filter={rule}" for rule in rules)]
+    shell = f'ssh -F "{source.config}" -o BatchMode=yes -o ServerAliveInterval=5'
+    words += ["-e", shell, "--", f"{source.host}::{source.path}/", f"{folder}/"]
+    _watched(words, _Watch(source.host, _DEADLINE_S, source.given_up, lambda _: None), f"The copy from {source.host}")
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """Over a running rsync."""
+
+    host: str
+    deadline_s: float
+    given_up: Callable[[], bool]
+    progress: Callable[[int], None]
+
+
+def _watched(words: list[str], watch: _Watch, what: str) -> None:
     """Run rsync; whatever happens, nothing of its process group is left when this returns."""
-    host = target.host
-    deadline = clock.monotonic() + deadline_s
+    host = watch.host
+    deadline = clock.monotonic() + watch.deadline_s
     with tempfile.TemporaryFile() as complaints:
         child = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints, process_group=0
         )
         assert child.stdout is not None
         try:
-            _read_progress(child.stdout.fileno(), deadline, target.given_up, progress)
+            _read_progress(child.stdout.fileno(), deadline, watch.given_up, watch.progress)
             code = child.wait(timeout=_TOOL_DEADLINE_S)
         except subprocess.TimeoutExpired:
-            raise NotReachable(f"The copy to {host} did not end.") from None
+            raise NotReachable(f"{what} did not end.") from None
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -88,7 +127,7 @@ def _watched(words: list[str], target: Target, deadline_s: float, progress: Call
     if code != 0:
         full = "No space left" in " ".join(said)
         kind = ConfigError if full else NotReachable
-        raise kind(f"The copy to {host} broke off (rsync exit code {code}): {said[0]}", "Repeat it: it goes on there.")
+        raise kind(f"{what} broke off (rsync exit code {code}): {said[0]}", "Repeat it: it goes on there.")
 
 
 def _read_progress(
@@ -102,7 +141,7 @@ def _read_progress(
             raise NotReachable("The copy was given up.")
         if now > min(deadline, moved_at + _STALLED_S):
             raise NotReachable("The copy stands still: nothing was taken for a minute.", "Repeat it: it goes on there.")
-        if not select.select([descriptor], [], [], 1.0)[0]:
+        if not select.select([descriptor], [], [], _LOOK_S)[0]:
             continue
         chunk = os.read(descriptor, 1 << 16)
         if not chunk:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator import agents, clock, config, inventory, machines, providers, rentals, runs
+from orchestrator import agents, clock, config, inventory, machines, providers, rentals, rescue, runs
 from orchestrator.errors import GpuError
 from orchestrator.providers.base import Provider, marked_at, marker_of
 from orchestrator.rentals import ENDED, Rental
@@ -61,7 +61,8 @@ def look() -> Left:
 
 def _is_over(rental: Rental) -> bool:
     """Whether a machine is gone, and nothing that was there is waited for."""
-    return rental.record.state in ENDED and not inventory.not_home(rental.name)
+    is_all_home = not inventory.not_home(rental.name) and not rescue.is_waiting(rental.name)
+    return rental.record.state in ENDED and is_all_home
 
 
 def _is_old(key: str) -> bool:

@@ -28,7 +28,7 @@ from orchestrator import (
     sharing,
     tenancy,
 )
-from orchestrator.board import Board, Left, Seat
+from orchestrator.board import Board, Left, NotNeeded, Seat
 from orchestrator.errors import DeadlineOver, GpuError, HomeDiskFull, MachineGone, MayCost, NotReachable, UsageError
 from orchestrator.gathering import Gathering
 from orchestrator.home import Arrivals, News
@@ -150,7 +150,8 @@ class _Crew:
 
     def _status(self) -> dict[str, Any]:
         """All machines' news as that of one."""
-        rate = sum(_number(seat.said.get("rows_per_second")) for seat in self.board.seats)
+        rates = [seat.said.get("rows_per_second") for seat in self.board.seats]
+        rate = float(sum(each for each in rates if isinstance(each, (int, float))))
         total = self.run.record.rows_total
         left = max((total or 0) - self.gathering.rows_home, 0)
         eta_s = left / rate if rate else None
@@ -184,7 +185,7 @@ class _Crew:
             return True
         say = self.board.say(seat)
         if seat.share is not None and rentals.is_gone(seat.name):  # since it was followed last
-            journey.machine_is_gone(seat.share, seat.name)
+            journey.machine_is_gone(seat.share, seat.name, say)
             seat.share.reload()
             self.board.ended(seat, seat.share, is_free=True)
             seat.name, seat.is_new = "", True
@@ -199,7 +200,12 @@ class _Crew:
                     return False
                 seat.name = name
         seat.phase = "booting"
-        renting.ensure_ready(seat.name, say, wait_capacity=bool(self.run.record.rents.get("wait_capacity")))
+        try:
+            waits = bool(self.run.record.rents.get("wait_capacity"))
+            renting.ensure_ready(seat.name, self.board.while_needed(seat), wait_capacity=waits)
+        except NotNeeded:
+            fleet.let_go(self.run, seat.name, say)
+            return False
         fleet.shorten(self.run, seat.name)
         tenancy.take_up(seat.name)
         return True
@@ -268,7 +274,7 @@ class _Crew:
             raise
         except GpuError as error:
             if isinstance(error, MachineGone) or rentals.is_gone(seat.name):
-                journey.machine_is_gone(share, seat.name)
+                journey.machine_is_gone(share, seat.name, self.board.say(seat))
             elif not self._is_given_up(seat, share, error):
                 if is_last:
                     raise
@@ -391,7 +397,3 @@ def _parsed(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0

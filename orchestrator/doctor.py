@@ -68,7 +68,7 @@ def tools() -> Iterator[Check]:
     """The programs that are called by name."""
     yield _ssh()
     yield _present("ssh-keygen", "keys with a passphrase cannot be recognized")
-    yield _rsync()
+    yield rsync()
     yield _present("git", "runs do not remember the commit of your code")
 
 
@@ -88,7 +88,8 @@ def _ssh() -> Check:
     return Check("ssh", OK, said)
 
 
-def _rsync() -> Check:
+def rsync() -> Check:
+    """Whether rsync is here, and no danger to this computer when the other side is hostile."""
     said = _said("rsync", "--version")
     slower = "files go through the slower tar path"
     if said is None:

@@ -68,15 +68,23 @@ def _go_on(rental: Rental, say: Say) -> None:
         returning.end(rental, market.account_of(rental), say)
 
 
+def _is_gone(rental: Rental, say: Say) -> bool:
+    """Whether a machine that was ready does not answer, because it is no more."""
+    is_silent = rental.record.state == "ready" and inventory.reach(rental.name) is not None
+    return is_silent and vanishing.is_gone(rental.name, say)
+
+
 def step(say: Say) -> list[GpuError]:
     """One step of everything, for cron: caps enforced, unanswered requests looked for, rows of runs brought home."""
     errors = enforce(say)
     for rental in rentals.known():
         try:
+            if rental.record.state in ("booting", "ready", "stopped"):
+                tenancy.tell_most_spent(rental)
             if rental.record.state in ("launching", "stopping"):
                 with rental.locked():
                     _go_on(rental, say)
-            elif rental.record.state == "ready" and inventory.reach(rental.name) and vanishing.is_gone(rental.name):
+            elif _is_gone(rental, say):
                 say(f"{rental.name} is gone, by its provider's own word")
                 notices.tell("machine_lost", machine=rental.name, message=f"{rental.name} is gone.")
         except (GpuError, OSError) as error:

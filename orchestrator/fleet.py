@@ -36,6 +36,15 @@ def live(run: Run) -> list[Rental]:
     return [rental for rental in of(run) if rental.record.state not in ENDED]
 
 
+def costing(run: Run) -> list[Rental]:
+    """The machines of the run that may cost money: those rented for it, and those rented before that it was given."""
+    given = [rental for name in run.record.boxes if (rental := rentals.find(name)) is not None]
+    return [
+        *live(run),
+        *(rental for rental in given if rental.record.state not in ENDED and not _number(run, rental.name)),
+    ]
+
+
 def _number(run: Run, name: str) -> int:
     """Which of the run's machines has that name: NAME, NAME-2, NAME-3…; 0 for none of them."""
     found = re.fullmatch(re.escape(tenancy.name_for(run.run_id)) + r"(?:-([1-9][0-9]*))?", name)
@@ -141,6 +150,16 @@ def give_back(run: Run, name: str, say: Say) -> None:
         say(line)
 
 
+def let_go(run: Run, name: str, say: Say) -> None:
+    """End a machine on its way up that has nothing to do, or say that it goes on costing. Raises MayCost."""
+    rental = rentals.find(name)
+    if rental is None or run.record.terminate or not rental.may_cost:
+        say("the others have done its part; it is given back")
+        give_back(run, name, say)
+    else:
+        say(f"the others have done its part; it is kept, and goes on costing. Give it back: gpu terminate {name}")
+
+
 def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = True) -> None:
     """Give all of the run's machines back, if that was asked for and it has ended; after a failure once time is over.
 
@@ -153,7 +172,7 @@ def after(run: Run, say: Say, failure: GpuError | None = None, *, waits: bool = 
         return
     minutes = run.record.keep_on_failure_minutes if run.record.state != "sealed" else 0.0
     failures: list[GpuError] = []
-    for rental in live(run):
+    for rental in costing(run):
         try:
             if not (minutes and tenancy.is_kept(rental, minutes, say, waits=waits)):
                 give_back(run, rental.name, say)
@@ -168,20 +187,20 @@ def end_in_turn(run: Run, say: Say) -> None:
     finished_at = run.record.finished_at
     if finished_at is None or locks.is_held(run.home.lock):
         return
-    begun = [rental for rental in live(run) if clock.parse(rental.record.made_at) > clock.parse(finished_at)]
-    if not begun and not any(locks.is_held(rental.folder / "rental.lock") for rental in live(run)):
+    begun = [rental for rental in costing(run) if clock.parse(rental.record.made_at) > clock.parse(finished_at)]
+    if not begun and not any(locks.is_held(rental.folder / "rental.lock") for rental in costing(run)):
         after(run, say, waits=False)
 
 
 def left(run: Run) -> str:
     """What the run's machines go on costing, and how that is ended; empty when they cost nothing."""
-    costing = [rental for rental in live(run) if rental.may_cost]
-    if not costing:
+    found = [rental for rental in costing(run) if rental.may_cost]
+    if not found:
         return ""
-    names, price = ", ".join(rental.name for rental in costing), sum(it.price_usd_per_hour or 0.0 for it in costing)
-    until = max((rental.record.deadline or math.inf for rental in costing), default=math.inf)
+    names, price = ", ".join(rental.name for rental in found), sum(rental.price_now or 0.0 for rental in found)
+    until = max(rental.record.deadline or math.inf for rental in found)
     end = "one has no end" if math.isinf(until) else f"the last deadline is {guarding.moment(until)}"
-    words = f"{names} GO ON COSTING {price:.2f} USD/h; {end}."
+    words = f"{names} GO ON COSTING {ledger.shown(price)} USD/h; {end}."
     if run.record.state not in runs.ENDED:
         words += f" Carry on there: gpu resume {run.run_id}."
     return f"{words} Give them back: gpu terminate NAME, or --all"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import locks
-from orchestrator import guarding, machines, rentals, runs
+from orchestrator import guarding, ledger, machines, rentals, runs
 from orchestrator.errors import ConfigError, GpuError, NotReachable
 from orchestrator.machines import Record
 from orchestrator.rentals import ENDED, Rental
@@ -25,6 +25,7 @@ def document(record: Record, on_it: list[str]) -> dict[str, Any]:
         "raw_state": None,
         "gpu": record.gpu,
         "price_usd_per_hour": None,
+        "price_now_usd_per_hour": None,
         "launched_at": None,
         "ssh": {"user": record.user, "host": record.host, "port": record.port},
         "guard": {"armed": False, "deadline": None, "how": None},
@@ -52,6 +53,7 @@ def of_rental(rental: Rental, on_it: list[str]) -> dict[str, Any]:
         "raw_state": record.raw_state,
         "gpu": f"{offer['count']}x {offer['gpu']}" if offer.get("gpu") else None,
         "price_usd_per_hour": rental.price_usd_per_hour,
+        "price_now_usd_per_hour": rental.price_now if rental.may_cost else 0.0,
         "launched_at": record.launched_at,
         "ssh": address,
         "guard": guarding.document(rental),
@@ -95,6 +97,8 @@ def _refresh(rental: Rental) -> None:
             return
         if found is not None or rental.record.raw_state is not None:  # one never seen yet has not ceased to be
             rental.save(raw_state=found.raw_state if found else "not listed")
+        if found is not None:
+            rental.costs_as(found)
         is_stopped = found is not None and found.state == "stopped" and not rental.offer().spot
         if is_stopped and rental.record.state == "ready":
             rental.save(state="stopped")
@@ -109,6 +113,11 @@ def warnings() -> list[str]:
     for rental in rentals.known():
         if rental.may_cost:
             found.append(f"{rental.name}: {guarding.in_words(rental)}")
+        if rental.record.state == "stopped":
+            found.append(
+                f"{rental.name} is stopped, and GOES ON COSTING {ledger.shown(rental.price_now or 0.0, 4)} USD/h for "
+                f"its disk. Go on there: gpu wait {rental.name}. Give it back: gpu terminate {rental.name}"
+            )
         if guarding.is_past(rental):
             found.append(
                 f"{rental.name} IS PAST ITS DEADLINE and may still cost money. Type: gpu terminate {rental.name}"
@@ -121,7 +130,7 @@ def line(entry: dict[str, Any]) -> list[str]:
     address = "{user}@{host}:{port}".format(**entry["ssh"]) if entry["ssh"] else "-"
     answers = {True: "yes", False: "no", None: "?"}[entry["reachable"]]
     price = entry["price_usd_per_hour"]
-    costs = ["-", "-"] if price is None else [f"{price:.2f}", f"{entry['cost_usd']:.2f}"]
+    costs = ["-", "-"] if price is None else [ledger.shown(price), ledger.shown(entry["cost_usd"])]
     words = [entry["name"], entry["state"], address, entry["gpu"] or "-", *costs, answers, entry["last_seen"] or "-"]
     return [*words, " ".join(entry["runs"]) or "-"]
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from orchestrator import advance, clock, delivery, follow, machines, planning, rentals, runs
 from orchestrator.errors import GpuError, HostKeyChanged, LoginRefused, NotReachable, UsageError
@@ -266,9 +267,14 @@ def _taken(run: Run, news: News, step: Step, name: str | None = None) -> bool:
     return True
 
 
-def machine_is_gone(run: Run, name: str) -> None:
+def machine_is_gone(run: Run, name: str, say: Callable[[str], None]) -> None:
     """Take over that a machine of the run is no more, unless another process follows the run: that one will."""
-    _taken(run, _unseen, _gone, name)
+
+    def news(frame: dict[str, Any], _: bytes) -> None:
+        if "say" in frame:
+            say(str(frame["say"]))
+
+    _taken(run, news, _gone, name)
 
 
 def _gone(run: Run, _machine: Machine, arrivals: Arrivals, news: News) -> None:

@@ -95,7 +95,9 @@ def wake(rental: Rental, provider: Provider, say: Say) -> None:
     Raises NoCapacity, turned into MayCost by who calls it, while others have its GPUs: its disk goes on costing.
     """
     say(f"{rental.name} was stopped; it is started again")
+    asked_at = clock.timestamp()
     provider.start(rental.record.instance_id or "")
+    rental.wakes(asked_at)
     rental.save(state="booting", raw_state=None, guard_seen={})
 
 
@@ -112,10 +114,11 @@ def _next(rental: Rental, say: Say, *, wait_capacity: bool) -> tuple[Provider, O
             if left:
                 if look:
                     notices.tell("capacity_found", machine=rental.name, offer=offers.in_words(left[0]))
-                provider = clouds[left[0].provider]
-                _check(rental, left[0], provider)
-                return provider, left[0]
-            why = NoCapacity(f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.")
+                return clouds[left[0].provider], left[0]
+            why = NoCapacity(
+                f"All {len(found)} offers that fit came to nothing: {_tried(rental)}. Nothing is rented.",
+                "Ask for another kind: gpu offers. Or wait for one: gpu launch … --wait-capacity",
+            )
             words = f"all {len(found)} that fit came to nothing before"
         except NoCapacity as error:
             why, words = error, "no capacity yet"
@@ -143,13 +146,25 @@ def _check(rental: Rental, offer: Offer, provider: Provider) -> None:
 def _was_tried(rental: Rental, offer: Offer) -> bool:
     """Whether an offer came to nothing, or a machine where it is was no good."""
     return any(
-        entry["offer"] == offer.offer_id or (entry["why"].startswith(BAD) and entry.get("place") == offer.place())
+        entry["offer"] == offer.offer_id
+        or entry.get("cloud") == offer.provider
+        or (entry["why"].startswith(BAD) and entry.get("place") == offer.place())
         for entry in rental.record.tried
     )
 
 
+def _pass_over(rental: Rental, offer: Offer, error: GpuError, say: Say) -> None:
+    """Have the other clouds be asked after one refused, or never answered; where there are none, raise its error."""
+    shut = {offer.provider, *(entry.get("cloud") for entry in rental.record.tried)}
+    if all(account.name in shut for account in market.clouds_of(rental)):
+        raise _given_up(rental, error) from None
+    say(f"  {error.message} Another cloud is asked.")
+    entry = {"offer": offer.offer_id, "cloud": offer.provider, "why": error.message}
+    rental.save(state="planned", tried=[*rental.record.tried, entry])
+
+
 def _tried(rental: Rental) -> str:
-    return "; ".join(f"{entry['offer']}: {entry['why']}" for entry in rental.record.tried)
+    return "; ".join(f"{entry['offer']}: {entry['why'].rstrip('.')}" for entry in rental.record.tried)
 
 
 def _given_up(rental: Rental, error: GpuError) -> GpuError:
@@ -159,34 +174,21 @@ def _given_up(rental: Rental, error: GpuError) -> GpuError:
 
 
 def _refused(rental: Rental, why: str) -> None:
+    """Record that nothing is rented, and take the public key out of the account again: nobody needs it there."""
     rental.save(state="refused", failure=why)
+    returning.take_key_out(rental)
 
 
 def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
-    """Send one paid request, its intent on the disk before; take over its outcome if known. **Spends money.**"""
-    if not (rental.folder / "host_key.pub").exists():
-        enrolment.make_key(rental.folder, rental.name)
-        enrolment.make_key(rental.folder, rental.name, "host_key")
-    marker = base.new_marker(clock.now())
-    if rental.record.account not in ("", provider.account):
-        returning.remove_key(rental)
-    key_name = rental.record.key_name or marker
-    guard = provider.guard or guarding.chosen()
-    rental.save(key_name=key_name, provider=provider.name, account=provider.account, guard=guard, guard_seen={})
+    """Send one paid request, its intent on the disk before; take over its outcome if known. **Spends money.**
+
+    A cloud that refuses is passed over where others may be asked.
+    """
     try:
-        key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
-    except GpuError as error:
-        raise _given_up(rental, error) from None
-    asked_at = clock.timestamp()
-    hours = rental.caps_left().hours(offer.price_usd_per_hour)
-    deadline = asked_at + hours * 3600 if hours is not None else None
-    rental.save(key_name=key_name, deadline=deadline)
-    order = _order(rental, provider, marker)
-    say(f"asking for {offers.in_words(offer)}")
-    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at}
-    with money.in_turn():
-        _check(rental, offer, provider)
-        rental.save(state="launching", instance_id=None, host=None, raw_state=None, ready_at=None, **intent)
+        order = _prepared(rental, provider, offer, say)
+    except (Refused, AuthRejected, ProviderDown, RateLimited) as error:
+        _pass_over(rental, offer, error, say)
+        return
     try:
         rental.exists(provider.launch(offer, order))
     except NoCapacity as error:
@@ -198,10 +200,35 @@ def ask(rental: Rental, provider: Provider, offer: Offer, say: Say) -> None:
             tried = [*rental.record.tried, {"offer": _LIMIT, "why": "asked too often"}]
             rental.save(state="planned", tried=tried)
     except (Refused, AuthRejected, ProviderDown) as error:
-        _refused(rental, error.message)
-        raise
+        _pass_over(rental, offer, error, say)
     except LaunchUnknown as error:
         say(f"  {error.message} Looking for it by its marker; it is never asked for again.")
+
+
+def _prepared(rental: Rental, provider: Provider, offer: Offer, say: Say) -> Order:
+    """What is to be asked for, every limit looked at, its key in the account and the intent on the disk."""
+    _check(rental, offer, provider)
+    if not (rental.folder / "host_key.pub").exists():
+        enrolment.make_key(rental.folder, rental.name)
+        enrolment.make_key(rental.folder, rental.name, "host_key")
+    marker = base.new_marker(clock.now())
+    if rental.record.account not in ("", provider.account):
+        returning.remove_key(rental)
+    key_name = rental.record.key_name or marker
+    guard = provider.guard or guarding.chosen()
+    rental.save(key_name=key_name, provider=provider.name, account=provider.account, guard=guard, guard_seen={})
+    key_name = provider.ensure_key((rental.folder / "key.pub").read_text(encoding="ascii").strip(), key_name)
+    asked_at = clock.timestamp()
+    hours = rental.caps_left().hours(offer.price_usd_per_hour)
+    deadline = asked_at + hours * 3600 if hours is not None else None
+    rental.save(key_name=key_name, deadline=deadline)
+    order = _order(rental, provider, marker)
+    say(f"asking for {offers.in_words(offer)}")
+    intent = {"marker": marker, "offer": asdict(offer), "asked_at": asked_at, "price_usd_per_hour": None}
+    with money.in_turn():
+        _check(rental, offer, provider)
+        rental.save(state="launching", instance_id=None, host=None, raw_state=None, ready_at=None, **intent)
+    return order
 
 
 def _order(rental: Rental, provider: Provider, marker: str) -> Order:

@@ -19,7 +19,8 @@ from orchestrator.transport import ForgottenMachine, LocalMachine, Machine
 
 LOCAL = "local"
 """The name of this computer as a machine."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_NAME_MAX = 63
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{_NAME_MAX - 1}}}")
 _LOCK_WAIT_S = 30.0
 
 
@@ -59,8 +60,9 @@ def check_name(name: str) -> None:
     """Raise UsageError unless a new machine may have that name."""
     if name == LOCAL or not _NAME.fullmatch(name):
         raise UsageError(
-            f"{name!r} cannot be the name of a machine: letters, digits, dots and dashes, and not `local`.",
-            "For example: gpu add box user@host",
+            f"{name[:_NAME_MAX]!r} cannot be the name of a machine: letters, digits, dots and dashes, at most "
+            f"{_NAME_MAX} of them, and not `local`. Nothing was asked for.",
+            "For example: box, or a100-2",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,9 +98,10 @@ def check_clock(account: Provider) -> None:
         )
 
 
-def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
+def listed(found: Sequence[Provider], need: Need, say: Callable[[str], None] | None = None) -> list[Offer]:
     """The offers of several clouds, asked side by side. One that does not answer is an error only when all do not.
 
+    `say`: told of one that does not, since what is cheapest there is not known then.
     A cloud that does not know a filter is not asked: what it has cannot be said to fit.
     """
     found = _knowing(found, need)
@@ -114,4 +115,7 @@ def listed(found: Sequence[Provider], need: Need) -> list[Offer]:
             errors.append(error)
     if errors and not offered:
         raise errors[0]
+    if say:
+        for failure in errors:
+            say(f"Looked at without it: {failure.message} {failure.hint}")
     return offered

@@ -20,6 +20,7 @@ _HUB = re.compile(r"hf://(?:(datasets|models)/)?([A-Za-z0-9._-]+/[A-Za-z0-9._-]+
 _PAGES_MAX = 200
 _CALL_S = 60.0
 _FILES_MAX = 100_000
+_LINE_MAX_BYTES = 64 << 20
 
 
 class Source(Protocol):
@@ -194,11 +195,14 @@ def _grow(arrivals: Arrivals, name: str, content: Iterator[bytes], have: tuple[i
                 continue
         if have[0] and hasher.hexdigest() != have[1]:
             return
-        pending += chunk
-        cut = pending.rfind(b"\n") + 1 if name.endswith(".jsonl") else len(pending)
-        if cut:
-            _take(arrivals, {"file": name, "offset": offset}, pending[:cut])
-            offset, pending = offset + cut, pending[cut:]
+        end = chunk.rfind(b"\n") + 1 if name.endswith(".jsonl") else len(chunk)
+        if not end and len(pending) > _LINE_MAX_BYTES:
+            return  # nothing of ours writes such a line
+        if end:
+            data = pending + chunk[:end]
+            _take(arrivals, {"file": name, "offset": offset}, data)
+            offset, pending = offset + len(data), b""
+        pending += chunk[end:]
 
 
 def _whole(arrivals: Arrivals, name: str, content: Iterator[bytes]) -> None:

@@ -64,8 +64,8 @@ def check(offer: Offer, caps: Caps, provider: Provider) -> None:
     if caps.budget_usd is not None and caps.budget_usd < price * boot_minutes / 60:
         raise UsageError(
             f"A budget of {caps.budget_usd:.2f} USD buys {int(caps.budget_usd / price * 60)} minutes of "
-            f"{offer.type_name} at {price:.2f} USD/h, and it usually takes {boot_minutes:.0f} to boot. "
-            "Nothing was rented.",
+            f"{offer.type_name} at {ledger.shown(price)} USD/h, and it usually takes {boot_minutes:.0f} minutes to "
+            "boot. Nothing was rented.",
             "Raise --budget, or choose a cheaper machine: gpu offers",
         )
     if caps.max_hours is not None and caps.max_hours <= 0:
@@ -73,15 +73,16 @@ def check(offer: Offer, caps: Caps, provider: Provider) -> None:
     most = at_most(price, caps)
     _check_credit(provider.credit(), most, price * boot_minutes / 60, offer)
     bounds = limits()
-    _check_limit("usd_per_hour", bounds.usd_per_hour, price, f"{offer.type_name} costs {price:.2f} USD/h")
-    words = "could cost without end" if most is None else f"could cost up to {most:.2f} USD by its caps"
+    _check_limit("usd_per_hour", bounds.usd_per_hour, price, f"{offer.type_name} costs {ledger.shown(price)} USD/h")
+    words = "could cost without end" if most is None else f"could cost up to {ledger.shown(most)} USD by its caps"
     _check_limit("usd_per_machine", bounds.usd_per_machine, most, f"{offer.type_name} {words}")
     if bounds.usd_per_month is not None:
         spent = this_month()
         others = to_come()
         total = None if most is None or others is None else spent + others + most
-        more = "without end" if others is None else f"up to {others:.2f}"
-        words = f"{spent:.2f} USD are spent this month, {more} by what is rented already, and {offer.type_name} {words}"
+        more = "without end" if others is None else f"up to {ledger.shown(others)}"
+        spent_words = f"{ledger.shown(spent)} USD are spent this month, {more} by what is rented already"
+        words = f"{spent_words}, and {offer.type_name} {words}"
         _check_limit("usd_per_month", bounds.usd_per_month, total, words)
 
 
@@ -90,9 +91,10 @@ def _check_credit(left: float | None, most: float | None, least: float, offer: O
     wanted = least if most is None else most
     if left is not None and left < wanted:
         raise Refused(
-            f"The account at {offer.provider} has {left:.2f} USD left; {offer.type_name} may cost {wanted:.2f} USD by "
-            "its caps, and is stopped in the middle when the credit is over. Nothing was rented.",
-            "Lower --budget or --max-hours, or add credit.",
+            f"The account at {offer.provider} has {max(left, 0.0):.2f} USD left; {offer.type_name} may cost "
+            f"{ledger.shown(wanted)} USD by its caps, and is stopped in the middle when the credit is over. "
+            "Nothing was rented.",
+            "Add credit there" + (", or lower --budget or --max-hours." if left >= least else "."),
         )
 
 
@@ -139,6 +141,5 @@ def this_month() -> float:
     start = clock.parse(clock.now()[:8] + "01T00:00:00Z").timestamp()
     total = 0.0
     for lease in ledger.leases():
-        begun, ended = max(lease.opened_at, start), min(lease.closed_at or now, now)
-        total += ledger.usd(max(ended - begun, 0.0) / 3600, lease.price_usd_per_hour)
+        total += lease.usd_within(start, now)
     return total

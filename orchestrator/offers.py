@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator import gpus
+from orchestrator import gpus, ledger
 from orchestrator.errors import NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer
 
@@ -60,7 +60,10 @@ def suitable(found: Sequence[Offer], need: Need, *, had_or_not: bool = False) ->
     filters = _filters(need)[1:] if had_or_not else _filters(need)
     fitting = [offer for offer in found if all(keeps(offer) for _, keeps in filters)]
     if not fitting:
-        raise NoCapacity(_why_none(found, filters), _WAIT)
+        is_unknown = need.spot and found and not any(offer.spot for offer in found)
+        raise NoCapacity(
+            _why_none(found, filters), "Spot machines are Vast.ai's: --provider vast" if is_unknown else _WAIT
+        )
     return sorted(fitting, key=lambda offer: (not offer.available, offer.price_usd_per_hour, offer.offer_id))
 
 
@@ -115,7 +118,7 @@ def in_words(offer: Offer) -> str:
     """An offer on one line."""
     gpu = f"{offer.count}x {offer.gpu or 'no GPU'}" + (f" {offer.vram_gb:g} GB" if offer.vram_gb else "")
     where = offer.region or "no region"
-    return f"{offer.type_name} ({gpu}) in {where} at {offer.price_usd_per_hour:.2f} USD/h"
+    return f"{offer.type_name} ({gpu}) in {where} at {ledger.shown(offer.price_usd_per_hour)} USD/h"
 
 
 def document(offer: Offer) -> dict[str, Any]:

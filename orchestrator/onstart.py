@@ -22,18 +22,19 @@ TROUBLE_PREFIX = "gpu-guard: "
 _API = "/api/v0"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _END_OF_SETTINGS = b"#"
-# In the order of its lines: sessions over SSH are plain shells; the host key is printed once sshd has made it, for at
-# most a quarter of an hour, beside all else; of the Pythons one that runs the agent too is taken, else one that runs
-# the watchdog; a watchdog that is killed is started again, until it ends by itself, since another one guards.
+# In the order of its lines: sessions over SSH are plain shells; for a quarter of an hour, beside all else, the host key
+# is printed once sshd has made it, and what sshd reads of root's is root's and nobody else's to write: else it lets no
+# key in (users' reports); of the Pythons one that runs the agent too is taken, else one that runs the watchdog; a
+# watchdog that is killed is started again, until it ends by itself, since another one guards.
 _TEXT = """\
 #!/bin/sh
 umask 77
 export HOME="${{HOME:-/root}}"
 touch ~/.no_auto_tmux
 n=/dev/null k=/etc/ssh/ssh_host_ed25519_key.pub
-(trap '' 1;i=0
-until [ -s $k ]||[ $i = 900 ];do i=$((i+1));sleep 1;done
-read -r t b c<$k&&echo "{host_key}$t $b") 2>$n &
+(trap '' 1;cd;e=
+for i in $(seq 900);do [ $e ]||{{ read -r t b c<$k&&echo "{host_key}$t $b"&&e=1;}}
+chown -R 0:0 .ssh;chmod go-w .;chmod -R go-w .ssh;sleep 1;done) 2>$n &
 w(){{ IFS=:
 for v in 10 8;do for d in $q;do for p in $d/python3 $d/python $d/python3.*;do
 [ -x $p ]&&$p -Ic "import sys,fcntl,ssl,zlib;sys.exit(sys.version_info<(3,$v))" >$n 2>&1&&return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orchestrator import clock
+from orchestrator import clock, ledger
 from orchestrator.errors import AuthRejected, LaunchUnknown, ProviderDown, RateLimited, Refused
 from orchestrator.providers.base import Provider
 from orchestrator.rentals import Rental
@@ -60,7 +60,7 @@ def unknown(rental: Rental, provider: Provider, why: str) -> LaunchUnknown:
     price = rental.price_usd_per_hour or 0.0
     return LaunchUnknown(
         f"The request {rental.record.marker} for {rental.in_words()} got no answer: {why.rstrip('.')}. "
-        f"An instance that comes up late would cost {price:.2f} USD/h. Look at {provider.dashboard}",
+        f"An instance that comes up late would cost {ledger.shown(price)} USD/h. Look at {provider.dashboard}",
         f"It is looked for by every command that follows. In ten minutes: gpu wait {rental.name}, or gpu audit --fix",
     )
 
@@ -82,4 +82,5 @@ def take_over(rental: Rental, provider: Provider) -> bool:
             provider.terminate(other.instance_id)
         clock.sleep(_LOOK_EVERY_S)
     rental.exists(kept.instance_id)
+    rental.costs_as(kept)
     return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator import admission, clock, enrolment, guarding, on_machine
 from orchestrator.admission import CALL_S, Door, called
-from orchestrator.errors import AuthRejected, GpuError, LaunchFailed, Refused, Unusable
+from orchestrator.errors import AuthRejected, GpuError, LaunchFailed, ProviderDown, RateLimited, Refused, Unusable
 from orchestrator.plain import plain
 from orchestrator.providers.base import Instance, Offer, Provider
 from orchestrator.rentals import Rental
@@ -78,6 +78,8 @@ class _Climb:
             if clock.monotonic() > self.began + limit_s:
                 last = f" It said last: {plain(self.last)}" if self.last else ""
                 raise LaunchFailed(f"{self.rental.name}: {what} within {limit_s / 60:.0f} minutes.{last}")
+            if tries:
+                self.say(f"\r    waiting, {clock.monotonic() - self.began:.0f} s")
             clock.sleep(_POLL_S[min(tries, len(_POLL_S) - 1)])
             tries += 1
 
@@ -103,7 +105,7 @@ def climb(rental: Rental, provider: Provider, say: Say) -> None:
     up.rung("listed by the provider", "5 s", lambda: _listed(up))
     up.rung("what was asked for, by its provider's word", "1 s", lambda: _as_asked(up, offer))
     up.rung("active, with an address", f"{minutes:.0f} min", lambda: _active(up, offer))
-    up.rung("lets us in over SSH", "30 s", lambda: _let_in(up))
+    up.rung("lets us in over SSH", f"{provider.let_in_s:.0f} s", lambda: _let_in(up, offer))
     up.rung("answers", "1 s", lambda: _answers(up))
     up.rung("shows the GPU that was paid for", "2 s", lambda: _shows_gpus(up, offer))
     up.rung("CUDA initialises", "2 s", lambda: _initialises(up, offer))
@@ -126,6 +128,8 @@ def _instance(up: _Climb) -> Instance | None:
     found = up.provider.get(up.rental.record.instance_id)
     if found is not None and found.raw_state != up.rental.record.raw_state:
         up.rental.save(raw_state=found.raw_state)
+    if found is not None:
+        up.rental.costs_as(found)
     return found
 
 
@@ -161,15 +165,9 @@ def _compared(name: str, offer: Offer, found: Instance) -> str:
 
 def _active(up: _Climb, offer: Offer) -> str:
     def look() -> str | None:
-        found = _instance(up)
-        if found is None or found.state in ("gone", "stopping"):
-            raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
-        if found.state == "stopped" and up.rental.record.ready_at:  # it was started again, and what is said lags behind
+        found = _on_its_way(up, offer)
+        if found is None:
             return None
-        if found.failure or found.state in ("unhealthy", "stopped"):
-            why = found.failure or found.raw_state
-            raise LaunchFailed(f"{up.rental.name}, by its provider's own word: {plain(why)}.")
-        _compared(up.rental.name, offer, found)
         up.tell(found.message)
         if found.state != "ready" or not found.host:
             return None
@@ -179,8 +177,32 @@ def _active(up: _Climb, offer: Offer) -> str:
     return up.until(look, up.provider.active_s[offer.count > 1], "its provider does not call it active")
 
 
-def _let_in(up: _Climb) -> str:
-    return up.until(Door(up.rental, up.provider).look, _SSH_S, "it does not let us in over SSH")
+def _on_its_way(up: _Climb, offer: Offer) -> Instance | None:
+    """The machine as its provider sees it; None while it is being started again; LaunchFailed when nothing comes."""
+    found = _instance(up)
+    if found is None or found.state in ("gone", "stopping"):
+        raise LaunchFailed(f"{up.rental.name} vanished while it booted.")
+    if found.state == "stopped" and up.rental.record.ready_at:  # it was started again, and what is said lags behind
+        return None
+    if found.failure or found.state in ("unhealthy", "stopped"):
+        why = found.failure or found.raw_state
+        raise LaunchFailed(f"{up.rental.name}, by its provider's own word: {plain(why)}.")
+    _compared(up.rental.name, offer, found)
+    return found
+
+
+def _let_in(up: _Climb, offer: Offer) -> str:
+    """One that vanishes now is not waited for; a provider that does not answer just now does not lock us out."""
+    door = Door(up.rental, up.provider)
+
+    def look() -> str | None:
+        try:
+            _on_its_way(up, offer)
+        except (ProviderDown, RateLimited) as error:
+            up.last = error.message
+        return door.look()
+
+    return up.until(look, _SSH_S, "it does not let us in over SSH")
 
 
 def _answers(up: _Climb) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from jobs import durable, locks, spec
 from orchestrator import clock, ledger, machines
 from orchestrator.errors import ConfigError, UsageError
-from orchestrator.providers.base import Need, Offer
+from orchestrator.providers.base import Instance, Need, Offer
 
 ENDED = ("gone", "lost", "refused")
 """States in which nothing of it costs money any more, as far as its provider says."""
@@ -79,6 +79,8 @@ class Record:
     """What the ledger calls its cost, where that is not its marker: another lease has that."""
     offer: dict[str, Any] = field(default_factory=dict)
     """What that request was for."""
+    price_usd_per_hour: float | None = None
+    """Of the instance, by its provider's own word; None: as it was offered."""
     asked_at: float | None = None
     """When it was sent, in seconds since 1970."""
     instance_id: str | None = None
@@ -146,8 +148,20 @@ class Rental:
     @property
     def price_usd_per_hour(self) -> float | None:
         """Of the machine it is, or was asked to be."""
-        price = self.record.offer.get("price_usd_per_hour")
+        told, offered = self.record.price_usd_per_hour, self.record.offer.get("price_usd_per_hour")
+        price = offered if told is None else told
         return float(price) if price is not None else None
+
+    @property
+    def price_now(self) -> float | None:
+        """What it costs just now: of one that is stopped, as far as that is told, its disk alone."""
+        lease = ledger.find(self._lease) if self.record.state == "stopped" else None
+        return self.price_usd_per_hour if lease is None else lease.price_now
+
+    @property
+    def _lease(self) -> str:
+        """What the ledger calls the cost of its newest request."""
+        return self.record.lease or self.record.marker
 
     def usd(self) -> float:
         """What it has cost so far, all of its instances, in USD; an estimate that rounds up."""
@@ -180,7 +194,7 @@ class Rental:
         record = self.record
         ledger.open_lease(
             ledger.Lease(
-                record.lease or record.marker,
+                self._lease,
                 record.name,
                 record.provider,
                 price_usd_per_hour=float(record.offer["price_usd_per_hour"]),
@@ -190,15 +204,46 @@ class Rental:
             )
         )
 
+    def costs_as(self, found: Instance) -> None:
+        """Take over what its provider says that its instance costs: in the ledger, then in the record.
+
+        Its first word counts from the request on, and may bring the end that a budget buys nearer. While it is stopped
+        only its disk costs, unless it would wake by itself; one that was woken by others has cost its price since.
+        """
+        told, record, now = found.price_usd_per_hour, self.record, clock.timestamp()
+        if told and told != record.price_usd_per_hour:
+            ledger.change_price(self._lease, told, 0.0 if record.price_usd_per_hour is None else now)
+            self.save(price_usd_per_hour=told, deadline=self._end_at(told))
+        lease, charged, price = ledger.find(self._lease), found.charged_usd_per_hour, self.price_usd_per_hour or 0.0
+        if lease is None or found.spot or self.offer().spot:
+            return
+        is_less = charged is not None and charged < price  # one that has ended by itself may be charged as before
+        if found.state == "stopped" and is_less and record.state != "booting":  # a start is seen late
+            ledger.change_price(self._lease, charged or 0.0, now)
+        elif found.state in ("booting", "ready") and lease.changes and lease.price_now < price:
+            ledger.change_price(self._lease, price, lease.changes[-1][0])
+
+    def _end_at(self, price_usd_per_hour: float) -> float | None:
+        """Its deadline, or, where that is sooner, when its budget is spent at that price."""
+        caps, record = self.caps(), self.record
+        if caps.budget_usd is None or record.deadline is None or record.asked_at is None:
+            return record.deadline
+        hours = caps.less(lease for lease in self.leases() if lease.marker != self._lease).hours(price_usd_per_hour)
+        return record.deadline if hours is None else min(record.deadline, record.asked_at + hours * 3600)
+
+    def wakes(self, at: float) -> None:
+        """Note that it costs its whole price again from then on (seconds since 1970): it was started."""
+        ledger.change_price(self._lease, self.price_usd_per_hour or 0.0, at)
+
     def is_gone(self, state: str = "gone", why: str = "") -> None:
         """Take over that the provider said, twice, that the instance is gone: it costs no more."""
         now = clock.timestamp()
-        ledger.close_lease(self.record.lease or self.record.marker, now)
+        ledger.close_lease(self._lease, now)
         self.save(state=state, gone_at=now, failure=why, raw_state=None)
 
     def leases(self) -> list[ledger.Lease]:
         """What of the ledger this machine has cost; an earlier one of the same name is another."""
-        made_at, newest = clock.parse(self.record.made_at).timestamp(), self.record.lease or self.record.marker
+        made_at, newest = clock.parse(self.record.made_at).timestamp(), self._lease
         mine = [lease for lease in ledger.leases() if lease.machine == self.name]
         return [lease for lease in mine if lease.opened_at >= made_at or lease.marker == newest]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals
-from orchestrator.errors import ConfigError, GpuError, NoCapacity, UsageError
+from orchestrator.errors import ConfigError, GpuError, NoCapacity, Refused, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
 
@@ -35,17 +35,29 @@ def wish(how: dict[str, Any]) -> Wish:
     return Wish(one, caps, how["provider"], how["python"], how["wait_capacity"])
 
 
-def plan(asked: Wish) -> tuple[Provider, Offer]:
+def plan(asked: Wish, say: Say | None = None) -> tuple[Provider, Offer]:
     """The cloud and the offer that a launch would begin with, checked against every limit; nothing is rented.
 
-    While capacity is to be waited for, the cheapest offer that fits, had or not.
+    While capacity is to be waited for, the cheapest offer that fits, had or not. `say`: told of a cloud that does not
+    answer.
     """
     found = market.accounts(asked.provider)
-    fitting = _fitting(asked, market.listed(found, asked.need))
-    account = next(entry for entry in found if entry.name == fitting[0].provider)
-    market.check_clock(account)
-    money.check(fitting[0], asked.caps, account)
-    return account, fitting[0]
+    fitting = _fitting(asked, market.listed(found, asked.need, say))
+    clouds = {offer.provider: offer for offer in reversed(fitting)}  # the cheapest of each
+    refusals: list[Refused] = []
+    for name in dict.fromkeys(offer.provider for offer in fitting):
+        account = next(entry for entry in found if entry.name == name)
+        market.check_clock(account)
+        try:
+            money.check(clouds[name], asked.caps, account)
+        except Refused as error:
+            refusals.append(error)
+            continue
+        if say is not None:
+            for refusal in refusals:
+                say(f"{refusal.message} Another cloud is asked.")
+        return account, clouds[name]
+    raise refusals[0]
 
 
 def _fitting(asked: Wish, offered: Sequence[Offer]) -> list[Offer]:
@@ -62,7 +74,9 @@ def in_words(asked: Wish, account: Provider, offer: Offer) -> list[str]:
     """What a launch means, in plain words: what, what it costs at most, and who ends it."""
     most = money.at_most(offer.price_usd_per_hour, asked.caps)
     hours = asked.caps.hours(offer.price_usd_per_hour)
-    limit = "NO LIMIT: it costs until you end it" if hours is None else f"at most {hours:.2f} h, {most:.2f} USD"
+    limit = "NO LIMIT: it costs until you end it"
+    if hours is not None and most is not None:
+        limit = f"at most {hours:.2f} h, {ledger.shown(most)} USD"
     idle = asked.caps.idle_minutes
     idle_words = "not ended when idle" if idle is None else f"ended after {idle:g} idle minutes, once its rows are home"
     hard = "No deadline ends it." if hours is None else "At the hard deadline it is ended with whatever is on it."
@@ -120,15 +134,18 @@ def costs() -> dict[str, Any]:
     """The document of `gpu cost --json`."""
     from orchestrator import runs
 
-    leases = ledger.leases()
+    leases, stopped = ledger.leases(), {it.name for it in rentals.known() if it.record.state == "stopped"}
     of_machines: dict[str, dict[str, Any]] = {}
     for lease in leases:
         entry = of_machines.setdefault(
-            lease.machine, {"name": lease.machine, "provider": lease.provider, "hours": 0.0, "usd": 0.0, "open": False}
+            lease.machine,
+            {"name": lease.machine, "provider": lease.provider, "hours": 0.0, "usd": 0.0, "open": False}
+            | {"price_now_usd_per_hour": 0.0, "stopped": lease.machine in stopped},
         )
         entry["hours"] = round(entry["hours"] + lease.hours(), 4)
         entry["usd"] = round(entry["usd"] + lease.usd(), 4)
         entry["open"] = entry["open"] or lease.closed_at is None
+        entry["price_now_usd_per_hour"] += lease.price_now if lease.closed_at is None else 0.0
     of_runs = []
     for run in runs.remembered():
         usd, rows = run.cost_usd(), run.record.rows_home
@@ -160,6 +177,6 @@ def left(rental: Rental) -> str:
     price = rental.price_usd_per_hour or 0.0
     carry_on = "" if rental.record.state == "stopping" else f"Carry on:       gpu wait {rental.name}\n"
     return (
-        f"\nLeft {rental.name} as it is; it MAY COST {price:.2f} USD/h.\n"
+        f"\nLeft {rental.name} as it is; it MAY COST {ledger.shown(price)} USD/h.\n"
         f"{carry_on}Give it back:   gpu terminate {rental.name}"
     )

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import clock, inventory, journey, machines, market, outcome, providers, runs, user_ssh
+from orchestrator import clock, inventory, journey, ledger, machines, market, outcome, providers, rescue, runs, user_ssh
 from orchestrator.errors import (
     AuthRejected,
     ConfigError,
@@ -37,14 +37,15 @@ Say = Callable[[str], None]
 def give_back(rental: Rental, provider: Provider, say: Say, *, discard: bool = False) -> None:
     """Bring home what is on a machine, then end it. Raises UsageError while something there is not home.
 
+    One that was outbid is ended with what can be rescued: it would wake by itself, and bill twice.
     `discard`: what cannot be brought home is given up.
     """
     if rental.record.state in ENDED:
         return
-    if not discard:
+    if not discard and not rescue.is_due(rental, provider):
         _refuse_stopped(rental)
         _bring_home(rental)
-    end(rental, provider, say)
+    end(rental, provider, say, rescues=not discard)
 
 
 def _refuse_stopped(rental: Rental) -> None:
@@ -107,9 +108,10 @@ def at_deadline(rental: Rental, provider: Provider, say: Say) -> None:
     end(rental, provider, say)
 
 
-def end(rental: Rental, provider: Provider, say: Say) -> None:
+def end(rental: Rental, provider: Provider, say: Say, *, rescues: bool = True) -> None:
     """Ask for the end of the instance until the provider says, twice, that it is gone. Raises NotReturned.
 
+    `rescues`: one that was outbid is copied from first, for a short time, and never again once its end is noted.
     May be repeated at any time. Without an instance there is nothing to end; a request without an answer is looked
     for first, and LaunchUnknown raised while it stays unknown.
     """
@@ -120,12 +122,15 @@ def end(rental: Rental, provider: Provider, say: Say) -> None:
     if rental.record.instance_id is None:
         rental.save(state="gone")
         return
-    rental.note(state="stopping")
+    is_outbid = rescues and rescue.is_due(rental, provider)
+    rental.note(state="stopping")  # first: whoever comes after a crash ends it, and does nothing else
+    if is_outbid:
+        rescue.fetch(rental, provider, say)
     say(f"giving {rental.name} back")
     _until_gone(rental, provider)
     try:
         rental.is_gone()
-        tidy(rental, provider)
+        tidy(rental, provider, say)
     except OSError as error:
         raise NotNoted(
             f"{rental.name} is gone, by its provider's own word, and costs nothing more. That cannot be noted here: "
@@ -165,6 +170,8 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
     if found is not None:
         if rental.record.raw_state is None:
             rental.note(raw_state=found.raw_state)
+        with contextlib.suppress(GpuError, OSError):  # a disk that takes nothing must not keep it from its end
+            rental.costs_as(found)
         return found.state == "gone"
     launched_at = clock.parse(rental.record.launched_at).timestamp() if rental.record.launched_at else 0.0
     return rental.record.raw_state is not None or clock.timestamp() > launched_at + outcome.SETTLED_S
@@ -173,7 +180,7 @@ def _is_gone(rental: Rental, found: Instance | None) -> bool:
 def not_returned(rental: Rental, provider: Provider, why: str) -> NotReturned:
     """The error of a machine that may still cost money: which, how much, and where to look."""
     price = rental.price_usd_per_hour
-    cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+    cost = f"{ledger.shown(price)} USD/h" if price is not None else "an unknown price"
     return NotReturned(
         f"{rental.name} (instance {rental.record.instance_id}, {rental.in_words()}) MAY STILL COST {cost}: its "
         f"provider has not said that it is gone. {why}",
@@ -190,12 +197,12 @@ def goes_on(rental: Rental, error: GpuError | OSError, hint: str = "") -> GpuErr
     what = f"{rental.name} (instance {rental.record.instance_id or 'not known yet'}, {rental.in_words()})"
     look = f"Or look: {cloud.dashboard}" if cloud else ""
     return MayCost(
-        f"{known.message} {what} MAY GO ON COSTING {price:.2f} USD/h.",
+        f"{known.message} {what} MAY GO ON COSTING {ledger.shown(price)} USD/h.",
         f"{hint or known.hint or f'Again: gpu terminate {rental.name}'} {look}",
     )
 
 
-def tidy(rental: Rental, provider: Provider) -> None:
+def tidy(rental: Rental, provider: Provider, say: Say) -> None:
     """Take away what the machine leaves: its public key in the account, its name in the user's ssh, its keys here."""
     _remove_key(rental, provider)
     with contextlib.suppress(GpuError):
@@ -203,7 +210,7 @@ def tidy(rental: Rental, provider: Provider) -> None:
     for left in ("machine.json", "host_key.pub", "host_key", "key.pub", "key"):  # keys are made all, or none
         (rental.folder / left).unlink(missing_ok=True)
     for name in inventory.not_home(rental.name):
-        journey.machine_is_gone(runs.find(name), rental.name)
+        journey.machine_is_gone(runs.find(name), rental.name, say)
 
 
 def remove_key(rental: Rental) -> None:
@@ -211,6 +218,13 @@ def remove_key(rental: Rental) -> None:
     with contextlib.suppress(GpuError):
         _remove_key(rental, market.account_of(rental))
     rental.save(key_name="")
+
+
+def take_key_out(rental: Rental) -> None:
+    """The same where nothing is rented; a key that cannot be taken out now is remembered, and gpu clean takes it."""
+    with contextlib.suppress(GpuError):
+        if rental.record.key_name:
+            _remove_key(rental, market.account_of(rental))
 
 
 def _remove_key(rental: Rental, provider: Provider) -> None:
@@ -227,7 +241,9 @@ def receipt(rental: Rental) -> list[str]:
     usd = sum(lease.usd() for lease in leases)
     on_it = (run for run in runs.everywhere() if run.record.machine == rental.name and not run.record.machines)
     rows = sum(run.record.rows_home for run in on_it)
-    lines = [f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {usd:.2f} USD (an estimate that rounds up)"]
+    lines = [
+        f"{rental.name}: {rental.in_words()}, {hours:.2f} h, about {ledger.shown(usd)} USD (an estimate that rounds up)"
+    ]
     if rows:
-        lines.append(f"{rows} rows came home from it: {usd / rows * 1000:.3f} USD per 1,000 rows")
+        lines.append(f"{rows} rows came home from it: {ledger.shown(usd / rows * 1000, 3)} USD per 1,000 rows")
     return lines

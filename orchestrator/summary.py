@@ -22,13 +22,13 @@ def write(run: Run) -> dict[str, Any]:
     document = count(run)
     durable.save_json(run.home.summary, document)
     job = {**run.job(), "machine": runs.machine_names(run), "started_at": run.record.started_at}
-    report.write(run.home.report, document, finals(run), choices(run), job)
+    report.write(run.home.report, document, finals(run.home), choices(run), job)
     return document
 
 
-def finals(run: Run) -> Iterator[rows.Row]:
+def finals(home: rundir.Home) -> Iterator[rows.Row]:
     """Each key's final row; one that does not say which sample of which example it is counts for nothing."""
-    return (row for row in rows.read([run.home.rows]) if _counts(row))
+    return (row for row in rows.read([home.rows]) if _counts(row))
 
 
 def _counts(row: rows.Row) -> bool:
@@ -62,7 +62,7 @@ def count(run: Run) -> dict[str, Any]:
         "task": job["task"],
         "model": job["params"].get("model"),
         "state": run.record.state,
-        **metrics.summarise(finals(run), choices(run)),
+        **metrics.summarise(finals(run.home), choices(run)),
         "fingerprint": resolved.get("fingerprint"),
         "resolved": resolved,
         "tokens_out": tokens_out,
@@ -93,7 +93,7 @@ def conflicts(run: Run) -> list[str]:
     found: list[str] = []
     for row in itertools.chain.from_iterable(map(_made_by, copies)):
         if row.get("error") is None and _counts(row):
-            answer = hash((row.get("completion"), repr(row.get("score"))))
+            answer = hash((row.get("completion"), repr(row.get("prediction")), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
                 found.append(str(row["key"]))
     return sorted(set(found))[:_CONFLICTS_MAX]
@@ -109,7 +109,7 @@ def _made_by(copy: rundir.Run) -> Iterator[rows.Row]:
 
 def _effort(run: Run) -> tuple[int, float]:
     """Tokens generated, and the seconds from the model being loaded to the last row, added up over attempts."""
-    tokens = sum(row.get("tokens_out") or 0 for row in finals(run))
+    tokens = sum(row.get("tokens_out") or 0 for row in finals(run.home))
     seconds = 0.0
     for copy in run.home.copies():
         for attempt in copy.attempts():

@@ -129,7 +129,7 @@ def _carry_there(run: Run, go: Callable[[], None], say: Say) -> None:
                 trouble = error
                 run.reload()
                 continue
-            journey.machine_is_gone(run, run.record.machine)
+            journey.machine_is_gone(run, run.record.machine, say)
         return
     raise trouble
 
@@ -169,15 +169,24 @@ class Meter:
         rental = self._rental
         if rental is None or rental.record.deadline is None or rental.record.asked_at is None:
             return
-        now, record = clock.timestamp(), rental.record
-        deadline, asked_at = record.deadline or now, record.asked_at or now
-        if now >= deadline:
-            raise DeadlineOver(f"{rental.name} is past its deadline of {guarding.moment(deadline)}.")
-        if not record.is_told and now - asked_at > _MOST * (deadline - asked_at):
-            record.is_told = True
-            with contextlib.suppress(GpuError), rental.locked():  # the record is read anew inside
-                rental.save(is_told=True)
-            notices.tell("budget_80", machine=rental.name, deadline=guarding.moment(deadline), usd=rental.usd())
+        if guarding.is_past(rental):
+            raise DeadlineOver(f"{rental.name} is past its deadline of {guarding.moment(rental.record.deadline)}.")
+        tell_most_spent(rental)
+
+
+def tell_most_spent(rental: Rental) -> None:
+    """Tell the notify command, once, that most of a machine's time, or budget, is spent; whoever looks first."""
+    record = rental.record
+    if record.is_told or record.deadline is None or record.asked_at is None:
+        return
+    if clock.timestamp() - record.asked_at <= _MOST * (record.deadline - record.asked_at):
+        return
+    with contextlib.suppress(GpuError), rental.locked():  # the record is read anew inside; held, it is told later
+        if rental.record.is_told or not rental.may_cost:
+            return
+        rental.note(is_told=True)
+        facts = {"deadline": guarding.moment(record.deadline), "usd": rental.usd()}
+        notices.tell("budget_80", machine=rental.name, **facts)
 
 
 def is_dead(run: Run, error: GpuError, say: Say) -> bool:
@@ -257,10 +266,9 @@ def left(run: Run) -> str:
     rental = rentals.find(run.record.machine)
     if rental is None or not rental.may_cost:
         return ""
-    price, until = rental.price_usd_per_hour or 0.0, guarding.moment(rental.record.deadline)
-    words = (
-        f"{rental.name} GOES ON COSTING {price:.2f} USD/h; {f'its deadline is {until}' if until else 'it has no end'}."
-    )
+    price, until = rental.price_now or 0.0, guarding.moment(rental.record.deadline)
+    end = f"its deadline is {until}" if until else "it has no end"
+    words = f"{rental.name} GOES ON COSTING {ledger.shown(price)} USD/h; {end}."
     if run.record.state not in ENDED_RUNS:
         words += f" Carry on there: gpu resume {run.run_id}."
         words += " It is given back once the run has ended and was looked at." if run.record.terminate else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from figures import Figure, show
@@ -18,12 +19,35 @@ from figures import Figure, show
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.cloud import LambdaCloud, Server, SshMachines, Timings  # noqa: E402
+from tests.cloud import LambdaCloud, Server, SshMachines, Timings, VastCloud  # noqa: E402
+from tests.cloud.answers import Answer  # noqa: E402
 
 GPU = [sys.executable, "-m", "orchestrator.cli"]
 ROUNDS = 3
 PACE_S = 1.1
 """Between two commands that ask the cloud: it allows one request a second, and waiting for that is not ours."""
+
+
+FAST_S, SLOW_S = 0.4, 1.5
+"""What two clouds take for an answer."""
+
+
+class SlowLambda(LambdaCloud):
+    """A stand-in whose answers take time."""
+
+    def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+        """As without, but later."""
+        time.sleep(FAST_S)
+        return super().handle(method, path, headers, body)
+
+
+class SlowVast(VastCloud):
+    """A stand-in whose answers take more time."""
+
+    def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+        """As without, but much later."""
+        time.sleep(SLOW_S)
+        return super().handle(method, path, headers, body)
 
 
 def main() -> Iterator[Figure | str]:
@@ -39,6 +63,7 @@ def main() -> Iterator[Figure | str]:
             os.environ["GPU_LAMBDA_SSH_PORT"] = str(machines.port)
             yield from offers(server.url, core.key)
             yield from runs(core)
+        yield from both()
 
 
 def offers(url: str, key: str) -> Iterator[Figure]:
@@ -60,6 +85,26 @@ def offers(url: str, key: str) -> Iterator[Figure]:
     yield Figure(
         "gpu offers, beyond the answer", statistics.median(ours) - statistics.median(theirs), "s", words, at_most=0.3
     )
+
+
+def both() -> Iterator[Figure]:
+    """`gpu offers` over two clouds that take their time: they are asked side by side."""
+    one, other = SlowLambda(), SlowVast()
+    with Server(one, others=[other]):
+        os.environ.update(GPU_LAMBDA_URL=one.url, LAMBDA_API_KEY=one.key)
+        os.environ.update(GPU_VAST_URL=other.url, VAST_API_KEY=other.key)
+        said: list[bytes] = []
+
+        def ours() -> None:
+            words = [*GPU, "offers", "--gpu", "A100", "--json"]
+            said.append(subprocess.run(words, check=True, stdout=subprocess.PIPE).stdout)
+
+        spans = [timed(ours) for _ in range(ROUNDS)]
+        for document in said:
+            assert {offer["provider"] for offer in json.loads(document)} == {"lambda", "vast"}
+    words = f"one answers after {FAST_S} s, the other after {SLOW_S} s"
+    name = "gpu offers over two clouds, beyond the slower"
+    yield Figure(name, statistics.median(spans) - SLOW_S, "s", words, at_most=0.3)
 
 
 def runs(core: LambdaCloud) -> Iterator[Figure]:

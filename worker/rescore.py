@@ -1,4 +1,4 @@
-"""Scores completions that exist already, without a model: a file of rows in, one JSON document out."""
+"""Scores answers that exist already, without a model: a file of rows in, one JSON document out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from jobs import spec
 from worker import tasks
 from worker.failures import BadRecord, ConfigFailure
-from worker.tasks import Reply, Task
+from worker.tasks import Generates, Reply, Task, choosing
 
 EXIT_CONFIG = 3
 """What `main` returns after a failure document: the request or the file must change, trying again will not help."""
@@ -120,13 +120,44 @@ def _question(request: Request) -> tuple[str, str]:
 
 def _task(name: str) -> Task:
     try:
-        return tasks.get(name)
+        task = tasks.get(name)
     except KeyError:
         raise UnknownTask(f"There is no task {name!r}: {spec.nearest(name, tasks.TASKS)}") from None
+    if task.KIND == tasks.READS:
+        raise ConfigFailure(
+            f"Rows of {name} have a likelihood and no score: there is nothing to score again.",
+            "Count its perplexities anew from the rows: gpu report RUN",
+        )
+    return task
+
+
+def _verdict(request: Request, task: Task, number: int, row: dict[str, Any]) -> tasks.Verdict:
+    """What the task's rules say of a row: of its completion, or of the likelihoods of its choices."""
+    if task.KIND == tasks.CHOOSES:
+        return _chosen(request, number, row)
+    completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
+    ended = row.get("finish_reason")
+    return cast(Generates, task).score(Reply(completion, ended if isinstance(ended, str) else None), target)
+
+
+def _chosen(request: Request, number: int, row: dict[str, Any]) -> tasks.Verdict:
+    """The choice each rule takes, from the likelihoods and the choices that stand in the row."""
+    logliks, choices, target = (row.get(name) for name in ("logliks", "choices", request.target))
+    try:
+        answers = choosing.answers([float(loglik) for loglik in logliks or ()], choices or ())
+        scores = choosing.scores(answers, int(target))  # type: ignore[arg-type]  # None is a TypeError
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise BadRecord(
+            f"{request.path}, line {number}: 'logliks' and 'choices' must be lists of numbers and of texts, equally "
+            f"long, and {request.target!r} the number of the right choice.",
+            "Rows of a run of this task have them; no others can be scored again by it.",
+        ) from error
+    return tasks.Verdict({rule: str(answer) for rule, answer in answers.items()}, dict(scores))
 
 
 def _scored(request: Request, task: Task) -> _Tally:
     tally = _Tally(tuple(task.RULES))
+    answered = "logliks" if task.KIND == tasks.CHOOSES else request.completion
     index = 0
     for number, line in _lines(request.path):
         row = _row(request.path, number, line)
@@ -134,12 +165,10 @@ def _scored(request: Request, task: Task) -> _Tally:
             tally.ignored_last_line = True
             continue
         tally.replace(row.get("key"))
-        if row.get("error") is not None and row.get(request.completion) is None:
+        if row.get("error") is not None and row.get(answered) is None:
             tally.add_failed(index, row.get("key"))
         else:
-            completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
-            ended = row.get("finish_reason")
-            tally.add(index, task.score(Reply(completion, ended if isinstance(ended, str) else None), target))
+            tally.add(index, _verdict(request, task, number, row))
         index += 1
     if index == 0:
         cut = " Its only line is not JSON." if tally.ignored_last_line else ""

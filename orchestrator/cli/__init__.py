@@ -33,6 +33,7 @@ _COMMANDS = {
     "pull": ("runs", "Bring home what a run has made so far"),
     "stop": ("runs", "Stop a run cleanly; its rows come home"),
     "report": ("results", "The numbers of a run, and its page"),
+    "compare": ("compare", "Runs side by side, on the same examples"),
     "rescore": ("results", "Score existing completions again, without a model"),
     "ssh": ("machines", "A shell on a machine"),
     "setup-ssh": ("house", "Let ssh, scp and editors reach machines by name"),

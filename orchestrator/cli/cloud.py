@@ -43,9 +43,11 @@ def launch(name: str | None, **how: Any) -> None:
               gpu launch box --type gpu_1x_h100_pcie --max-hours 3
     """
     say = output.progress(how["quiet"])
+    if name is not None:
+        machines.check_name(name)
     enforced(say)
     asked = renting.wish(how)
-    account, offer = renting.plan(asked)
+    account, offer = renting.plan(asked, say)
     for line in renting.in_words(asked, account, offer):
         say(line)
     if how["dry_run"]:

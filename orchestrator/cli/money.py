@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from orchestrator import audit as audits
-from orchestrator import cleaning, enforcing, errors, guarding, market, renting
+from orchestrator import cleaning, enforcing, errors, guarding, ledger, market, renting
 from orchestrator.cli import output
 from orchestrator.cli.cloud import agree, choose_guard, enforced
 from orchestrator.plain import plain
@@ -33,16 +33,20 @@ def cost(as_json: bool) -> None:
     output.columns(
         ["RUN", "USD", "ROWS", "USD PER 1,000 ROWS"], [_run(entry) for entry in found["runs"] if entry["usd"]]
     )
-    click.echo(f"Total: {found['total_usd']:.2f} USD, an estimate that rounds up")
+    click.echo(f"Total: {ledger.shown(found['total_usd'])} USD, an estimate that rounds up")
 
 
 def _machine(entry: dict[str, Any]) -> list[str]:
-    still = "yes" if entry["open"] else "no"
-    return [entry["name"], entry["provider"], f"{entry['hours']:.2f}", f"{entry['usd']:.2f}", still]
+    price, still = entry["price_now_usd_per_hour"], "no"
+    if entry["open"]:
+        still = f"its disk, {ledger.shown(price, 4)} USD/h" if entry["stopped"] else f"{ledger.shown(price)} USD/h"
+    return [entry["name"], entry["provider"], f"{entry['hours']:.2f}", ledger.shown(entry["usd"]), still]
 
 
 def _run(entry: dict[str, Any]) -> list[str]:
-    return [entry["run_id"], f"{entry['usd']:.2f}", str(entry["rows"]), output.number(entry["usd_per_1000_rows"])]
+    per_1000 = entry["usd_per_1000_rows"]
+    each = "-" if per_1000 is None else ledger.shown(per_1000, 3)
+    return [entry["run_id"], ledger.shown(entry["usd"]), str(entry["rows"]), each]
 
 
 @click.command()
@@ -98,7 +102,7 @@ def _lines(found: audits.Findings) -> Iterator[str]:
     for what, entries in found.document().items():
         for entry in entries:
             price, ends = entry["price_usd_per_hour"], entry["deadline"] or "none"
-            cost = f"{price:.2f} USD/h" if price is not None else "an unknown price"
+            cost = f"{ledger.shown(price)} USD/h" if price is not None else "an unknown price"
             name = f"{entry['name'] or '?'} {entry['marker']} {entry['instance_id']}"
             yield plain(f"{what.replace('_', ' ')}: {name} at {cost}, {entry['state']}; its deadline: {ends}")
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from orchestrator import errors, market
+from orchestrator import errors, ledger, market
 from orchestrator import offers as wanted
 from orchestrator.cli import output, wishes
+from orchestrator.plain import plain
 from orchestrator.providers.base import Offer
 
 
@@ -25,7 +26,7 @@ def offers(as_json: bool, **how: Any) -> None:
     clouds = market.accounts(how["provider"])
     for words in market.overridden(clouds, asked):
         click.echo(words, err=True)
-    listed = market.listed(clouds, asked)
+    listed = market.listed(clouds, asked, lambda words: click.echo(plain(words), err=True))
     try:
         found = wanted.suitable(listed, asked, had_or_not=True)
     except errors.NoCapacity:
@@ -50,7 +51,7 @@ def _line(offer: Offer) -> list[str]:
         gpu,
         vram,
         offer.region or "-",
-        f"{offer.price_usd_per_hour:.2f}",
+        ledger.shown(offer.price_usd_per_hour),
         "yes" if offer.spot else "no",
         available,
     ]

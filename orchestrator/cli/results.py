@@ -78,11 +78,13 @@ def load_summary(run: Run) -> dict[str, Any]:
 def show(run: Run) -> None:
     """Print the headline numbers of a run and where its page is."""
     found = load_summary(run)
+    made = f"{found['tokens_out']} tokens in" if found["tokens_out"] else "made in"
     click.echo(
         f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
-        f"{found['tokens_out']} tokens in {found['seconds']:.1f} s"
+        f"{made} {found['seconds']:.1f} s"
     )
-    for title, block in (("SELECTION", found["selection"]), ("METRIC", found["metrics"])):
+    selection = found["selection"] if found["tokens_out"] or not found["scored"] else {}  # nothing generated: no choice
+    for title, block in (("SELECTION", selection), ("METRIC", found["metrics"])):
         lines = [
             [name, output.number(entry["value"]), output.number(entry["stderr"]), _interval(entry["ci95"])]
             for name, entry in block.items()

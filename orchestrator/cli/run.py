@@ -119,7 +119,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     wish = how.get("wish") or renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
     part = fleet.part_of(wish, many)
-    account, offer = renting.plan(part)
+    account, offer = renting.plan(part, say)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
     lines = renting.in_words(part, account, offer)
     for line in [*lines, *sharing.in_words(wish, many, offer.price_usd_per_hour)]:
@@ -378,10 +378,10 @@ def _show_check(found: dict[str, Any], as_json: bool) -> None:
         output.document(found)
     else:
         click.echo(f"The first prompt:\n{plain(found['first_prompt'])}\n")
-        click.echo(f"{found['examples']} examples, {found['rows_total']} completions to make.")
+        click.echo(f"{found['examples']} examples, {found['rows_total']} rows to make.")
         for finding in found["findings"]:
             click.echo(f"{finding['level']}: {plain(finding['message'])}\n  {finding['hint']}")
         if not found["findings"]:
-            click.echo("The prompts look right. Nothing was generated.")
+            click.echo("The prompts look right. Nothing was made.")
     if any(finding["level"] == "error" for finding in found["findings"]):
         raise click.exceptions.Exit(errors.ConfigError.exit_code)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from jobs import spec
-from orchestrator import errors, fleet, machines, planning, renting, runs, shares, sharing, tenancy
+from orchestrator import errors, fleet, ledger, machines, planning, renting, runs, shares, sharing, tenancy
 from orchestrator.cli import output, wishes
 from orchestrator.runs import Run
 
@@ -93,8 +93,8 @@ def in_words(wish: renting.Wish, many: int, price_usd_per_hour: float) -> list[s
     if many < 2:
         return []
     hours = fleet.part_of(wish, many).caps.hours(price_usd_per_hour)
-    cost = "WITHOUT LIMIT" if hours is None else f"at most {many * hours * price_usd_per_hour:.2f} USD in all"
-    return [f"{many} of these at the same time: {many * price_usd_per_hour:.2f} USD/h, {cost}."]
+    cost = "WITHOUT LIMIT" if hours is None else f"at most {ledger.shown(many * hours * price_usd_per_hour)} USD in all"
+    return [f"{many} of these at the same time: {ledger.shown(many * price_usd_per_hour)} USD/h, {cost}."]
 
 
 def resume(run: Run, how: dict[str, Any], boxes: list[str], rent: Any) -> None:

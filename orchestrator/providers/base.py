@@ -84,7 +84,7 @@ class Order:
     start_script: str = field(repr=False)
     """What the machine does at its first boot, as `start_script` of its cloud made it."""
     tags: dict[str, str] = field(default_factory=dict)
-    """For a cloud that has tags."""
+    """What another computer must know of it; a cloud without tags has them in its label."""
     disk_gb: float | None = None
     """For a cloud where it is chosen; None: what the offer was priced with."""
     image: str | None = None
@@ -129,6 +129,16 @@ class Endpoint:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Where rsync over SSH reads the disk of a machine that is stopped, with the key that was let into it."""
+
+    endpoint: Endpoint
+    user: str
+    module: str
+    """What rsync calls the disk there."""
+
+
+@dataclass(frozen=True)
 class Instance:
     """A machine as its provider sees it."""
 
@@ -157,6 +167,8 @@ class Instance:
     machine_id: str | None = None
     stopped_usd_per_hour: float | None = None
     """What it costs while it is stopped; None: not said."""
+    charged_usd_per_hour: float | None = None
+    """What it is charged just now, which is less while it is stopped; None: not said."""
 
     @property
     def host(self) -> str | None:
@@ -201,6 +213,8 @@ class Provider(Protocol):
     """Which key it is asked with: a name made of a digest, which does not give the key."""
     boot_minutes: ClassVar[tuple[float, float]]
     """How long machines with one GPU, and with several, usually take to boot."""
+    let_in_s: ClassVar[float]
+    """How long one that is active usually takes to let us in over SSH, in seconds."""
     active_s: ClassVar[tuple[float, float]]
     """After how long one that is not active is given up, in seconds: with one GPU, and with several."""
     guard: ClassVar[str | None]
@@ -274,6 +288,13 @@ class Provider(Protocol):
 
     def start(self, instance_id: str) -> None:
         """Have a stopped instance started again; NoCapacity when its GPUs are in other hands. **Spends money.**"""
+        ...
+
+    def gate(self, instance_id: str, path: str) -> Gate | None:
+        """Have a way opened to a folder on the disk of an instance, which is not started for it; asked once.
+
+        None where no disk can be read.
+        """
         ...
 
     def credit(self) -> float | None:

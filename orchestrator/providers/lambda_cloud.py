@@ -19,7 +19,7 @@ from orchestrator.errors import (
     Refused,
 )
 from orchestrator.providers import lambda_answers, pace
-from orchestrator.providers.base import MARKER_TAG, GuardOrder, HostKey, Instance, Need, Offer, Order
+from orchestrator.providers.base import MARKER_TAG, Gate, GuardOrder, HostKey, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
 
@@ -49,6 +49,7 @@ class LambdaCloud:
     name: ClassVar[str] = "lambda"
     dashboard: ClassVar[str] = "https://cloud.lambda.ai/instances"
     boot_minutes: ClassVar[tuple[float, float]] = (5.0, 15.0)
+    let_in_s: ClassVar[float] = 30.0
     active_s: ClassVar[tuple[float, float]] = (1500.0, 3000.0)
     guard: ClassVar[str | None] = None
     takes_host_key: ClassVar[bool] = True
@@ -185,6 +186,10 @@ class LambdaCloud:
     def start(self, instance_id: str) -> None:
         """Refused: there is nothing that was stopped."""
         raise Refused(f"{TITLE} cannot start instance {instance_id}: nothing there can be stopped. {_NOTHING}")
+
+    def gate(self, instance_id: str, path: str) -> Gate | None:  # noqa: ARG002 -- there is none to any
+        """None: no disk can be read but by its own machine."""
+        return None
 
     def credit(self) -> float | None:
         """None: the account is billed afterwards."""

@@ -19,7 +19,7 @@ from orchestrator.providers import (
     vast_order,
     vast_search,
 )
-from orchestrator.providers.base import GuardOrder, HostKey, Instance, Need, Offer, Order
+from orchestrator.providers.base import Gate, GuardOrder, HostKey, Instance, Need, Offer, Order
 from orchestrator.providers.client import Api, Call, Client, Reply
 from orchestrator.providers.pace import Lane
 from orchestrator.providers.vast_errors import DASHBOARD, NOTHING, TITLE
@@ -35,15 +35,17 @@ _LISTS = Lane("list", 1.1)
 _CHANGES = Lane("manage", 1.1)
 _KEYS = Lane("keys", 1.1)
 _LOGS = Lane("logs", 2.1)
+_COPIES = Lane("copy", 3.7)
 """Its limits are per endpoint, counted where calls arrive (10 searches a minute, a creation in 4.5 s, …): a little more
 lets no two meet."""
 _CREATE_READ_S = 120.0
+_COPY_READ_S = 15.0
+_COPIER = "vastai_kaalia"
 _SEARCH_PAGES = 5
 _LIST_PAGES = 50
 _LIST_LIMIT = 25
 _UNDO_TRIES = 5
 _UNDO_PAUSE_S = 10.0
-_PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+) ([A-Za-z0-9+/]+={0,3})(?: .*)?")
 
 
 class VastCloud:
@@ -56,6 +58,7 @@ class VastCloud:
     name: ClassVar[str] = "vast"
     dashboard: ClassVar[str] = DASHBOARD
     boot_minutes: ClassVar[tuple[float, float]] = (4.0, 6.0)
+    let_in_s: ClassVar[float] = 90.0
     active_s: ClassVar[tuple[float, float]] = (900.0, 1500.0)
     guard: ClassVar[str | None] = "container"
     takes_host_key: ClassVar[bool] = False
@@ -96,14 +99,18 @@ class VastCloud:
         return vast_filters.overridden(need)
 
     def _searched(self, search: Search, pages: int) -> list[Any]:
-        """The market's answers, page by page: each begins at the price at which the last one ended."""
+        """The market's answers, page by page: each begins at the price at which the last one ended.
+
+        Where a page came no further than that price, the next one is asked for without those that were seen there.
+        """
         found: dict[str, Any] = {}
         floor: float | None = None
+        seen: list[str] = []
         for _ in range(pages):
             call = Call(
                 "POST",
                 "/v0/bundles/",
-                search.body(floor),
+                search.body(floor, seen),
                 lane=_SEARCHES,
                 needs="offers",
                 final_codes=(vast_answers.QUOTA,),
@@ -117,7 +124,11 @@ class VastCloud:
             top = vast_search.top_usd(page)
             if len(page) < vast_search.LIMIT or search.is_over(top):
                 break
-            floor = top if new and top > (floor or 0.0) else max(top, floor or 0.0) + 1e-6  # else it comes no further
+            is_stuck, floor = floor is not None and top <= floor, max(top, floor or 0.0)
+            if seen and not new:  # what it is asked to leave out it does not
+                floor, seen = floor + 1e-6, []
+            else:
+                seen = vast_search.from_price(found, floor) if is_stuck or not new else []
         return list(found.values())
 
     # --- what spends money -------------------------------------------------------------------------------------------
@@ -215,6 +226,21 @@ class VastCloud:
             raise LaunchUnknown(f"{said}. It may be running, and costing money.", f"Look: {DASHBOARD}")
         raise self._error(reply, f"start instance {instance_id}")
 
+    def gate(self, instance_id: str, path: str) -> Gate | None:
+        """Have a way opened to a folder on the disk of an instance, stopped or not, by which its host lets us read.
+
+        Asked once: whoever waits for it pays for that disk.
+        """
+        body = {"client_id": "me", "src_id": _checked(instance_id), "dst_id": None, "src_path": path, "dst_path": path}
+        call = Call("PUT", "/v0/commands/rsync/", body, read_s=_COPY_READ_S, lane=_COPIES, needs="src_addr")
+        reply = self._client.once(call)
+        if reply.outcome != "ok":
+            raise self._error(reply, f"open a way to the disk of instance {instance_id}")
+        endpoint = vast_answers.gate(reply.document)
+        if endpoint is None:
+            raise ProviderDown(f"{TITLE} told no usable way to the disk of instance {instance_id}. {NOTHING}")
+        return Gate(endpoint, _COPIER, instance_id)
+
     def _take_back(self, instance_id: str) -> None:
         """Stop an instance whose start waits. LaunchUnknown when that is not accepted: it may start at any time."""
         try:
@@ -267,8 +293,8 @@ class VastCloud:
                 if len(found) < (vast_answers.whole(document, "total_instances") or 0):
                     raise self._not_whole(f"{len(found)} came of {document['total_instances']}")
                 return list(found.values())
-            if token == last or not isinstance(token, str) or not token:
-                break
+            if token == last or not isinstance(token, str) or not token or self._client.hide(token) != token:
+                break  # one that holds our key would carry it into an address
             query = {**query, "after_token": token}
         raise self._not_whole("its pages do not end")
 
@@ -305,7 +331,7 @@ class VastCloud:
 
     def ensure_key(self, public_key: str, name: str) -> str:
         """The name, unchanged: nothing is put into the account, see above. ConfigError for what is no public key."""
-        _public_line(public_key)
+        vast_order.public_line(public_key)
         return name
 
     def key_names(self) -> list[str]:
@@ -321,7 +347,7 @@ class VastCloud:
         Refused while the instance is not known (yet).
         """
         path = f"/v0/instances/{_checked(instance_id)}/ssh/"
-        body = {"ssh_key": _public_line(public_key)}
+        body = {"ssh_key": vast_order.public_line(public_key)}
         reply = self._client.repeat(Call("POST", path, body, lane=_KEYS, needs="success"))
         is_there = reply.outcome == "refused" and re.search("already|duplicate", vast_errors.said(reply)) is not None
         if reply.outcome != "ok" and (not is_there or vast_errors.is_key_refused(reply)):
@@ -360,14 +386,6 @@ class VastCloud:
 
     def _error(self, reply: Reply, doing: str) -> GpuError:
         return vast_errors.error(self._client, reply, doing)
-
-
-def _public_line(public_key: str) -> str:
-    """Type and key; ConfigError for anything else, of which nothing is shown: it may be a private one."""
-    found = _PUBLIC_KEY.fullmatch(public_key.strip())
-    if not found:
-        raise ConfigError("That is no public SSH key in one line (ssh-ed25519 AAAA… name). It was not sent.")
-    return f"{found[1]} {found[2]}"
 
 
 def _checked(value: str, what: str = "an instance") -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.onstart import HOST_KEY_PREFIX
 from orchestrator.plain import plain
+from orchestrator.providers import vast_label
 from orchestrator.providers.base import Endpoint, Instance, State, marker_of
 from orchestrator.providers.client import Complaint
 
@@ -90,11 +91,11 @@ def instance(entry: Any) -> Instance | None:
         return None
     endpoints = tuple(_endpoints(found))
     state, gpu, count = _state(found, bool(endpoints)), text(found.get("gpu_name")) or None, whole(found, "num_gpus")
-    label = found.get("label")
+    name, tags = vast_label.decode(found.get("label"))
     message = one_line(found.get("status_msg"))
     return Instance(
         instance_id=instance_id,
-        marker=marker_of(label if isinstance(label, str) else None, {}),
+        marker=marker_of(name, {}),
         state=state,
         raw_state=_raw_state(found),
         user="root",
@@ -102,6 +103,7 @@ def instance(entry: Any) -> Instance | None:
         type_name=kind(count, gpu),
         region=region(found.get("geolocation")),
         price_usd_per_hour=number(_object(found.get("search")), "totalHour") or number(found, "dph_total"),
+        tags=tags,
         message=message,
         failure="" if state == "ready" else _failure(found, message),
         gpu=gpu,
@@ -109,6 +111,7 @@ def instance(entry: Any) -> Instance | None:
         spot=found["is_bid"] if isinstance(found.get("is_bid"), bool) else None,
         machine_id=identifier(found, "machine_id"),
         stopped_usd_per_hour=number(found, "storage_total_cost"),
+        charged_usd_per_hour=number(_object(found.get("instance")), "totalHour"),
     )
 
 
@@ -184,6 +187,12 @@ def _port(value: Any) -> int | None:
     """A port, told as a number or as text."""
     digits = str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else ""
     return int(digits) if re.fullmatch(r"[1-9][0-9]{0,4}", digits, re.ASCII) and int(digits) < 65536 else None
+
+
+def gate(document: Any) -> Endpoint | None:
+    """Where the disk of a machine can be copied from; None when no such place is told."""
+    host, port = _proxy(_object(document).get("src_addr")), _port(_object(document).get("src_port"))
+    return Endpoint(host, port) if host and port else None
 
 
 def host_key(log: bytes) -> str | None:

@@ -134,8 +134,9 @@ def _disk_gb(need: Need, typed: float | None) -> int:
     size = next((one for one in (typed, need.disk_gb) if one is not None), float(DISK_GB))
     if not DISK_MIN_GB <= size <= _DISK_MAX_GB:
         raise UsageError(
-            f"Vast.ai rents out disks of {DISK_MIN_GB} GB and more; {size:g} GB were asked for. Nothing was rented.",
-            f"Ask for more: --disk {DISK_MIN_GB}. It cannot grow later.",
+            f"Vast.ai rents out disks of {DISK_MIN_GB} to {_DISK_MAX_GB} GB; {size:g} GB were asked for. Nothing was "
+            "rented.",
+            f"Ask for another: --disk {DISK_GB}. It cannot grow later.",
         )
     return math.ceil(size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ class Search:
     memory_gb: float | None
     """Of each GPU, at least."""
 
-    def body(self, floor_usd: float | None) -> dict[str, Any]:
-        """What is sent, for offers at this price and above, cheapest first."""
+    def body(self, floor_usd: float | None, without: Collection[str] = ()) -> dict[str, Any]:
+        """What is sent, for offers at this price and above, cheapest first, `without` those of these ids."""
         need, wishes = self.need, self.wishes
         asked: dict[str, Any] = {"rentable": {"eq": True}, "rented": {"eq": False}}
         asked |= {"verified": {"eq": True}} if wishes.is_verified else {}
@@ -56,6 +56,7 @@ class Search:
         if country := _COUNTRY.match(need.region or ""):
             asked["geolocation"] = {"in": [country[0].upper()]}
         asked |= {"dph_total": {"gte": floor_usd}} if floor_usd is not None else {}
+        asked |= {"ask_contract_id": {"notin": [int(one) for one in without]}} if without else {}
         kind = "bid" if need.spot else "on-demand"
         storage = float(wishes.disk_gb)
         return {**asked, "order": [["dph_total", "asc"]], "type": kind, "limit": LIMIT, "allocated_storage": storage}
@@ -150,16 +151,16 @@ class Search:
         """USD an hour for all of it, its disk included; None when it is not known. Of two answers, the higher."""
         base, total, disk = number(entry, "dph_base"), number(entry, "dph_total"), self._disk_usd(entry)
         if self.need.spot:
-            return None if bid is None or disk is None else round(bid + disk, 6)
+            return None if bid is None or disk is None else _up(bid + disk)
         made = base + disk if base is not None and disk is not None else 0.0
-        return round(max(total or 0.0, made), 6) or None
+        return _up(max(total or 0.0, made)) or None
 
     def _disk_usd(self, entry: dict[str, Any]) -> float | None:
         """USD an hour for the disk asked for; None when that is not told."""
         per_gb = number(entry, "storage_cost")
         if per_gb is None:
             return number(entry, "storage_total_cost")
-        return round(per_gb * self.wishes.disk_gb / _HOURS_A_MONTH, 6)
+        return _up(per_gb * self.wishes.disk_gb / _HOURS_A_MONTH)
 
 
 def search(need: Need) -> Search | None:
@@ -187,6 +188,11 @@ def top_usd(entries: Iterable[Any]) -> float:
     return max((price for price in prices if price is not None), default=0.0)
 
 
+def from_price(entries: Mapping[str, Any], least_usd: float) -> list[str]:
+    """The ids of those that cost at least so much: more than a page may cost the same."""
+    return [one for one, entry in entries.items() if (number(entry, "dph_total") or 0.0) >= least_usd]
+
+
 def _vram_gb(entry: dict[str, Any]) -> float:
     """Of each GPU; 0 when it is not told."""
     return (number(entry, "gpu_ram") or 0.0) / _MIB_PER_GIB
@@ -200,6 +206,11 @@ def _forms(name: str) -> tuple[str, ...]:
     """A name that is not known, as the market may spell it."""
     plain = " ".join(name.split())
     return tuple(dict.fromkeys(form for form in (plain, plain.upper(), plain.title()) if form))
+
+
+def _up(usd: float) -> float:
+    """A price to six digits, rounded up: nothing costs more than it was offered at."""
+    return math.ceil(round(usd * 1e6, 3)) / 1e6
 
 
 def _bid_usd(least: float) -> float:

@@ -54,7 +54,7 @@ fi
 """What a login does with /etc/environment."""
 _NO_TMUX = '[ -e "$HOME/.no_auto_tmux" ] || { echo "no sessions" >&2; exit 1; }\n'
 _RSYNCD = "use chroot = no\nread only = no\nmunge symlinks = no\n{owner}"
-_GATE = "#!/bin/sh\nexec rsync --server --daemon --config={config} .\n"
+_GATE = "#!/bin/sh\necho copying >> {seen}\nexec rsync --server --daemon{slow} --config={config} .\n"
 
 
 def need_containers() -> None:
@@ -236,6 +236,13 @@ class Container(Computer):
                 self.sshd.freeze(jobs=word == "frozen")
             self._reached = word
 
+    def mirror_paths(self) -> None:
+        """Have files on the disk by the paths, too, that programs there know them by: those of this computer."""
+        here = self.disk / str(self.disk).strip("/")
+        if not here.is_symlink():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            here.symlink_to(os.path.relpath(self.disk, here.parent))
+
     def at(self, path: str) -> Path:
         """Where a path of the container lies here; never outside its disk."""
         return self.disk / posixpath.normpath(f"/{path}").strip("/")
@@ -247,7 +254,10 @@ class Containers:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.all: dict[str, Container] = {}
-        self._gate: Sshd | None = None
+        self.copier: Sshd | None = None
+        """The sshd through which disks are copied, once somebody has asked for that."""
+        self.copies_kb_per_s: int | None = None
+        """How fast disks can be copied; None: as fast as it goes."""
 
     def __enter__(self) -> Containers:
         return self
@@ -255,8 +265,8 @@ class Containers:
     def __exit__(self, *_: object) -> None:
         for container in self.all.values():
             container.close()
-        if self._gate is not None:
-            self._gate.close()
+        if self.copier is not None:
+            self.copier.close()
 
     def places(self) -> tuple[Place, Place, Callable[[Place], Place]]:
         """Free addresses of loopback."""
@@ -295,20 +305,29 @@ class Containers:
 
     def gate(self) -> Place:
         """Where every disk can be copied from and to, by whoever has a key of the account or of an instance."""
-        if self._gate is None:
-            folder = self.folder / "gate"
-            self._gate = Sshd(folder, inside=computers.as_user(folder, COPIER))
-            self._gate.user, self._gate.shell = COPIER, str(folder / "shell")
-            (folder / "shell").write_text(_GATE.format(config=shlex.quote(str(folder / "rsyncd.conf"))))
-            (folder / "shell").chmod(0o755)
-            self._gate.start()
+        folder = self.folder / "gate"
+        if self.copier is None:
+            self.copier = Sshd(folder, inside=computers.as_user(folder, COPIER))
+            self.copier.user, self.copier.shell = COPIER, str(folder / "shell")
+            self.copier.start()
+        slow = f" --bwlimit={self.copies_kb_per_s}" if self.copies_kb_per_s else ""
+        quoted = {name: shlex.quote(str(folder / file)) for name, file in (("config", "rsyncd.conf"), ("seen", "seen"))}
+        (folder / "shell").write_text(_GATE.format(slow=slow, **quoted))
+        (folder / "shell").chmod(0o755)
         alive = [it for it in self.all.values() if not it.is_over]
+        for container in alive:
+            container.mirror_paths()
         keys = sorted({key.public for it in alive for key in it.one.keys})
-        (self._gate.folder / "authorized_keys").write_text("".join(f"{key}\n" for key in keys))
+        (folder / "authorized_keys").write_text("".join(f"{key}\n" for key in keys))
         owner = f"uid = {os.getuid()}\ngid = {os.getgid()}\n" if os.getuid() == 0 else ""
         modules = [f"[{name}]\npath = {it.disk}\n" for it in alive for name in (it.one.number, f"C.{it.one.number}")]
-        (self._gate.folder / "rsyncd.conf").write_text("".join([_RSYNCD.format(owner=owner), *modules]))
-        return Place(self._gate.address, self._gate.port)
+        (folder / "rsyncd.conf").write_text("".join([_RSYNCD.format(owner=owner), *modules]))
+        return Place(self.copier.address, self.copier.port)
+
+    def copyings(self) -> int:
+        """How many copies were begun."""
+        seen = self.folder / "gate" / "seen"
+        return len(seen.read_text().splitlines()) if seen.exists() else 0
 
 
 def _other_port(place: Place) -> Place:

@@ -38,7 +38,6 @@ class Kind:
     """Methods for which the key does not matter."""
     account_has_keys: bool = True
     """Whether public keys are put into the account; else into each instance alone."""
-    has_tags: bool = True
     lists_what_is_taken: bool = True
     """Whether offers that cannot be had just now are listed too."""
     is_prepaid: bool = False
@@ -59,7 +58,7 @@ CLOUDS = {
         lets_in=lambda instance, now: [instance.public_key],
         absent_id="0" * 32,
         powered_off="unhealthy",
-        asks_nobody=frozenset({"admit", "host_key", "stop", "start", "credit"}),
+        asks_nobody=frozenset({"admit", "host_key", "stop", "start", "gate", "credit"}),
     ),
     "vast": Kind(
         "light_vast",
@@ -71,7 +70,6 @@ CLOUDS = {
         asks_nobody=frozenset({"ensure_key", "key_names", "remove_key"}),
         asks_as_anybody=frozenset({"offers"}),
         account_has_keys=False,
-        has_tags=False,
         lists_what_is_taken=False,
         is_prepaid=True,
         price_digits=6,
@@ -101,7 +99,8 @@ class Rented:
     def order(self) -> Order:
         """An order with a new marker, and a key that is let in."""
         name = self.account.ensure_key(KEY, "gpu-tests")
-        return Order(new_marker("2027-01-15T08:00:00Z"), name, "#!/bin/sh\n", {"gpu-name": "box"})
+        tags = {"gpu-name": "box", "gpu-deadline": "1800007200", "gpu-guard": "container"}
+        return Order(new_marker("2027-01-15T08:00:00Z"), name, "#!/bin/sh\n", tags)
 
     def rent(self) -> str:
         """The id of a machine that is rented now, and has appeared."""
@@ -138,6 +137,7 @@ ASKING: dict[str, Callable[[Rented], object]] = {
     "admit": lambda it: it.account.admit(it.one(), OTHER_KEY),
     "host_key": lambda it: it.account.host_key(it.one()),
     "stop": lambda it: it.account.stop(it.one()),
+    "gate": lambda it: it.account.gate(it.one(), "/root/.gpu/runs"),
     "start": lambda it: it.account.start(it.one()),
     "credit": lambda it: it.account.credit(),
 }

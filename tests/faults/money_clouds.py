@@ -7,10 +7,12 @@ import functools
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from orchestrator.providers import vast_answers, vast_label
 from tests.cloud import LambdaCloud, Timings, VastCloud
+from tests.cloud.answers import Answer
 from tests.cloud.core import Core
 from tests.cloud.instance import Instance
 from tests.cloud.vast_instance import VastInstance
@@ -27,6 +29,16 @@ _BLOB = re.compile(r"[A-Za-z0-9+/]{200,}={0,2}")
 
 class GuardedVast(VastCloud):
     """Vast whose containers do what their start script says: they tell their host key, and end at their deadline."""
+
+    priced: str | None = None
+    """The id of the instance whose price the newest answer told."""
+
+    def handle(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+        """As VastCloud has it."""
+        self.priced = None
+        answer = super().handle(method, path, headers, body)
+        self.priced = _priced(answer)
+        return answer
 
     def log_of(self, instance: VastInstance) -> str:
         """What a container has written."""
@@ -82,20 +94,29 @@ def announced(core: Core) -> dict[str, str]:
 
 def marker_of(order: Any) -> str:
     """Which marker a paid request bears."""
-    return str(order["label"] if "label" in order else order["name"])
+    return str(vast_label.decode(order["label"])[0] if "label" in order else order["name"])
 
 
 def name_told(order: Any) -> str:
-    """What a machine is called, where a paid request says so."""
-    return next((str(tag["value"]) for tag in order.get("tags", []) if tag["key"] == "gpu-name"), NAME)
+    """What a machine is called, by its paid request."""
+    return tags_of(order).get("gpu-name", "?")
 
 
 def deadline_told(order: Any) -> str:
-    """The deadline in whole seconds that a paid request tells, as tag or to the guard; `none` for none."""
+    """The deadline in whole seconds that a paid request tells, to the guard in it, too; `none` for none."""
+    found = tags_of(order).get("gpu-deadline", "?")
     if "onstart" in order:
-        found = told_deadline(order)
-        return "none" if found is None else str(int(found))
-    return next((str(tag["value"]) for tag in order["tags"] if tag["key"] == "gpu-deadline"), "?")
+        guarded = told_deadline(order)
+        told = "none" if guarded is None else str(int(guarded))
+        return found if told == found else f"{found}, and to the guard {told}"
+    return found
+
+
+def tags_of(order: Any) -> dict[str, str]:
+    """What a paid request tells other computers, in tags or in its label."""
+    if "label" in order:
+        return vast_label.decode(order["label"])[1]
+    return {tag["key"]: str(tag["value"]) for tag in order["tags"]}
 
 
 def ending(core: Core, path: str, body: Any) -> set[str]:
@@ -113,20 +134,29 @@ def answers_at(one: Rented, host: str, port: int) -> bool:
 
 
 def is_second(one: Rented) -> bool:
-    """Whether it may be one of two that a request made, of which the answer names the other: an audit finds it."""
+    """Whether it may be one of two that a request made, of which Vast's answer has room to name only the other.
+
+    No record knows of it: what looks at records alone cannot find it.
+    """
     return isinstance(one, VastInstance) and "doubled" in one.faults
 
 
 def is_dearer(one: Rented) -> bool:
-    """Whether it costs more than it was offered at, or is another kind of thing, until that is found out."""
-    return isinstance(one, VastInstance) and ("wrong-price" in one.faults or "wrong-type" in one.faults)
+    """Whether it costs more than it was offered at, which nobody knows before its provider has told its price."""
+    return isinstance(one, VastInstance) and "wrong-price" in one.faults
 
 
 def is_on_its_way_out(one: Rented) -> bool:
-    """Whether it was made by a request that was refused, and its end was accepted: there is nothing more to do."""
-    return "refused-yet-made" in one.faults and one.costs_until is not None
+    """Whether it was made, stopped, by a request that was refused, and its end was accepted: it never had a GPU."""
+    if not isinstance(one, VastInstance) or "refused-yet-made" not in one.faults:
+        return False
+    return one.costs_until is not None and not one.spells
 
 
-def is_out_of_sight(one: Rented, now: float) -> bool:
-    """Whether nothing but a whole audit can find it: it bears no deadline, no record may know it, no guard runs."""
-    return isinstance(one, VastInstance) and (is_second(one) or not is_guarded(one) or not one.runs(now))
+def _priced(answer: Answer) -> str | None:
+    """The id of the one instance that an answer shows with its price; None when it shows none."""
+    try:
+        found = vast_answers.instance(json.loads(answer.body)["instances"]) if answer.status == 200 else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found.instance_id if found is not None and found.price_usd_per_hour else None

@@ -73,6 +73,8 @@ class World:
         self.sent: list[str] = []
         """Markers of paid requests, as often as they were sent."""
         self.end_asked: set[str] = set()
+        self.heard: set[str] = set()
+        """Ids of instances whose price was told since a command began."""
         self.environment = dict(pair for core in self.cores for pair in money_clouds.announced(core).items())
         """What leads to the cloud."""
         self._turns: dict[tuple[str, str], list[float]] = {}
@@ -190,12 +192,14 @@ class _Wire(CloudAdapter):
         world.asked(self.core, word, path, body)
         world.clock.advance(_CALL_S)
         try:
-            if self._sockets is not None:
-                return self._sockets.send(request, *words, **how)
-            return super().send(request, *words, **how)
+            way = super() if self._sockets is None else self._sockets
+            answer = way.send(request, *words, **how)
         finally:
             world.answered(word)
             world.process.effect(f"after {call}")
+        if isinstance(self.core, money_clouds.GuardedVast) and self.core.priced is not None:
+            world.heard.add(self.core.priced)
+        return answer
 
 
 class _OneAfterTheOther(Executor):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import rentals
 from tests.cloud import Fault
 from tests.cloud.fault_kinds import LAMBDA, VAST
 from tests.cloud.vast_instance import VastInstance
 from tests.faults import money_storm
+from tests.faults.light_machines import A_LITTLE_DEARER
 from tests.faults.money_commands import SPOT_VARIABLE
 from tests.faults.money_storm import WAYS_OUT, Laptop
 from tests.faults.money_world import Stage, World
@@ -71,3 +73,20 @@ def test_an_outbid_machine_does_not_wake_and_bill(stage: Stage, way_out: str) ->
     assert (machine.lost_by, machine.bill(world.clock()).ended) == ("outbid", None)
     money_storm.end(laptop, way_out)
     assert machine.bill(world.clock()).ended is not None
+
+
+def test_what_a_host_takes_more_than_it_offered_is_in_the_ledger(stage: Stage) -> None:
+    """A little dearer than offered a machine is kept: an hour and a half of it costs, by the ledger, what is billed."""
+    world = money_storm.with_foreign(stage.begin(1, clouds=("vast",)))
+    world.core.faults.add(Fault("wrong-price", detail=A_LITTLE_DEARER))
+    laptop = Laptop(world)
+    assert laptop.run("launch").is_well
+    (machine,) = world.ours()
+    with laptop.at():
+        rental = rentals.choose(None)
+    assert isinstance(machine, VastInstance)
+    assert rental.price_usd_per_hour == pytest.approx(machine.usd_per_hour + machine.disk_usd_per_hour)
+    assert rental.price_usd_per_hour > 1.02 * rental.offer().price_usd_per_hour
+    world.clock.advance(5400.0)
+    assert machine.instance_id in laptop.knows
+    money_storm.end(laptop, "repeat")

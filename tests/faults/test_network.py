@@ -94,6 +94,7 @@ def assert_goes_on(wire: Wire, run: Run, command: subprocess.Popen[str], count: 
     assert_home(wire, run, count)
 
 
+@pytest.mark.slow
 def test_a_dropped_connect_is_said(wire: Wire, counting_run: Make) -> None:
     """Packets dropped before a run begins: unreachable within 30 s, with its address; later it starts, once."""
     run = counting_run(on="box", count=20)
@@ -226,6 +227,7 @@ def test_another_address_of_the_machine(wire: Wire, counting_run: Make) -> None:
     assert_home(wire, run, 20)
 
 
+@pytest.mark.slow
 def test_one_packet_in_ten_lost(wire: Wire, counting_run: Make) -> None:
     """With 10 % of all packets lost, both ways and all the time, the run needs no second command."""
     run = counting_run(on="box", count=100, pace_s=0.02, size=5000)

@@ -116,6 +116,7 @@ def test_work_goes_on_after_a_power_cut(
             assert row["error"] is None or row["key"] not in good
 
 
+@pytest.mark.slow
 def test_without_checksums_the_same_power_cuts_give_wrong_rows(
     appended: tuple[list[Effect], list[rows.Row], Path], found: Path
 ) -> None:

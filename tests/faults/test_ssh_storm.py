@@ -53,6 +53,7 @@ def assert_weathered(box: Box, agent: str, folder: Path, rounds: int, count: int
     assert list(storm.essence(run)) == list(storm.essence(quiet))
 
 
+@pytest.mark.slow
 def test_twenty_disturbances_change_nothing(box: Box, agent: str, tmp_path: Path) -> None:
     """Machines cut, frozen, rebooted and moved away from, processes killed on both sides: each row is home once."""
     assert_weathered(box, agent, tmp_path, rounds=20, count=2000, seed=20)

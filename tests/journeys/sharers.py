@@ -154,6 +154,13 @@ def expected(count: int, samples: int = 1) -> list[tuple[str, str]]:
     return sorted((f"t/s/{name}#{sample}", _digest(name, sample)) for name, sample in pairs)
 
 
+def result(name: str) -> dict[str, Any]:
+    """The row of an example, with all that a row has."""
+    facts = {"answer": "4", "target": "4", "score": 1.0, "answers": {}, "scores": {}, "tokens_in": 1, "tokens_out": 1}
+    known = {"example_id": name, "sample_index": 0, "completion": "4", "finish_reason": "stop", "subject": None}
+    return {"key": f"t/s/{name}#0", "error": None, **known, **facts, "seed": 1, "at": "2026-01-01T00:00:00.000Z"}
+
+
 def _digest(name: str, sample: int) -> str:
     return hashlib.sha256(f"{name} {sample}".encode()).hexdigest()
 

@@ -42,6 +42,7 @@ def billing(cloud: Cloud) -> list[str]:
     return [instance.instance_id for instance in cloud.core.still_billing()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "words"),
     [

@@ -100,8 +100,8 @@ def test_a_model_without_weights_is_refused(models: Path) -> None:
     [
         ("raise RuntimeError('no checkpoint')", "no checkpoint"),
         ("import threading; threading.Event().wait()", "no answer within"),
-        ("return [1.0]", "did not return a list of 2 scores"),
-        ("import os; os._exit(9)", "exit code 9"),
+        pytest.param("return [1.0]", "did not return a list of 2 scores", marks=pytest.mark.slow),
+        pytest.param("import os; os._exit(9)", "exit code 9", marks=pytest.mark.slow),
     ],
     ids=["raises", "hangs", "wrong-count", "dies"],
 )
@@ -182,6 +182,7 @@ def test_a_full_disk_at_home_loses_nothing(trained: None, small_disk: Path, monk
     assert json.loads(again.stdout)["rows_home"] == 300
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_the_machine_loses_nothing(
     trained: None, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_where_nobody_can_be_asked_the_weakest_guard_is_said(light_cloud: Cloud)
     assert gpu("terminate", "--all", "-y").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_guard_on_the_machine_is_read_back_and_holds(quick: Cloud) -> None:
     """Armed by the request that rents, seen alive before the machine counts as ready, and it ends it by itself."""
     assert gpu("guard", "setup", "--how", "on-machine").returncode == 0

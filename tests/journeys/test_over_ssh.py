@@ -224,6 +224,7 @@ def test_a_frozen_machine_is_waited_for(box: Box, counting_run: Make) -> None:
     assert_home(run, 60, server)
 
 
+@pytest.mark.slow
 def test_a_look_at_a_frozen_machine_ends_soon(box: Box, counting_run: Make) -> None:
     """`gpu logs` without -f shows what is home and says that the machine is silent; a script gets its document."""
     server = box("box")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jobs import durable, rows
 from orchestrator import machines, runs
 
@@ -41,6 +43,7 @@ def test_an_overflowing_request_is_refused_with_what_fits() -> None:
     assert "2048" in done.stdout.replace(",", "")
 
 
+@pytest.mark.slow
 def test_a_template_without_generation_prompt_is_an_error_where_none_is_a_choice(trained: None) -> None:
     """A template that opens no assistant turn stops the run; `chat_template=none` is taken, and stands in the rows."""
     Path("t.jinja").write_text(

@@ -315,6 +315,7 @@ def test_a_run_unknown_to_its_machine_is_lost_not_done(counting_run: Make) -> No
     assert f"gpu resume {run.run_id}" in said.value.hint
 
 
+@pytest.mark.slow
 def test_a_lost_folder_does_not_change_what_is_measured(trained: None) -> None:
     """After the machine lost its folder, a resume with another dataset is refused: the first fingerprint stays."""
     data = Path("data.jsonl")

@@ -175,6 +175,7 @@ def test_no_error_says_that_nothing_is_rented_while_something_may_be(quick: Clou
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "what"), [("terminate-ignored", ""), ("bad-key", "terminate"), ("failed", "")])
 def test_a_provider_that_never_says_gone(quick: Cloud, fault: str, what: str) -> None:
     """A machine that is not said to be gone is told of: id, price, link and an exit code of its own."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import keys
+from orchestrator import keys, providers
 from tests.cloud import Cloud
 from tests.journeys.hurried import Done, begun, document, gpu
 
@@ -32,6 +32,8 @@ BAD_WISHES: list[tuple[list[str], int, str]] = [
     (["--gpu", "A10", "--budget", "0.05"], USAGE, "A budget of 0.05 USD buys 4 minutes"),
     (["../../etc", "--gpu", "A10"], USAGE, "cannot be the name of a machine"),
     (["local", "--gpu", "A10"], USAGE, "cannot be the name of a machine"),
+    (["x" * 64, "--gpu", "A10"], USAGE, "at most 63 of them"),
+    (["a b", "--gpu", "A10", "--dry-run"], USAGE, "cannot be the name of a machine"),
     (["--gpu", "A10", "--provider", "nosuch"], USAGE, "'nosuch' is not"),
 ]
 
@@ -117,6 +119,7 @@ def test_a_provider_that_says_no(light_cloud: Cloud, fault: str, code: int) -> N
     assert light_cloud.core.count(LAUNCHES) == (2 if fault == "no-capacity" else 1)
     light_cloud.core.faults.clear()
     assert document("cost")["total_usd"] == 0
+    assert providers.open("lambda").key_names() == [], "its public key is not left in the account"
     assert gpu(*A10, "--dry-run").returncode == 0
     assert json.loads(gpu(*A10, "--no-wait", "--json").stdout)["state"] == "booting"
 

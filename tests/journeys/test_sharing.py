@@ -40,6 +40,11 @@ def leading(run: runs.Run) -> list[runs.Run]:
     return [share for share in runs.shares(runs.find(run.run_id)) if share.record.leads and is_running(share)]
 
 
+def asked(run: runs.Run, name: str) -> int:
+    """How many shares a machine was given."""
+    return sum(share.record.machine == name for share in runs.shares(run))
+
+
 def is_running(share: runs.Run) -> bool:
     return share.record.state == "running"
 
@@ -71,6 +76,7 @@ def test_what_two_lost_machines_had_is_done_by_the_others(more: list[Sshd]) -> N
     assert "goes to others" in said
     sharers.assert_whole(run, 120)
     assert sharers.disjoint(run)
+    assert [asked(run, name) for name in "ac"] == [1, 1], "one that is gone is not asked again"
 
 
 @pytest.mark.slow
@@ -87,6 +93,20 @@ def test_a_killed_worker_or_supervisor_costs_no_row(boxes: list[Sshd]) -> None:
     sharers.assert_whole(run, 60)
     both = [*sharers.made_on(boxes[0], run), *sharers.made_on(boxes[1], run)]
     assert len(both) == 60, "nothing that was home, or could be fetched, was made again"
+
+
+def test_a_machine_that_comes_to_nothing_is_not_asked_again(boxes: list[Sshd]) -> None:
+    """Where the supervisor died before a row was made, another machine does all of it, though this one answers."""
+    run = shared(NAMES[:2], 20, hold=str(Path.cwd() / "go"))
+    command = started("resume", run.run_id)
+    first = until(lambda: leading(run))[0]
+    sharers.kill(boxes[NAMES.index(first.record.machine)], run, "supervisor")
+    until(lambda: [share for share in leading(run) if share.run_id != first.run_id], 60)
+    Path("go").touch()
+    _, said = command.communicate(timeout=90)
+    assert command.returncode == 0, said
+    sharers.assert_whole(run, 20)
+    assert asked(run, first.record.machine) == 1
 
 
 @pytest.mark.slow

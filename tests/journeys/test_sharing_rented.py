@@ -13,7 +13,7 @@ from orchestrator import fleet, ledger, runs
 from orchestrator.rentals import Caps
 from tests.cloud import Cloud, Timings
 from tests.journeys import sharers
-from tests.journeys.sharers import gpu, rented, started, with_wait
+from tests.journeys.sharers import gpu, rented, shared, started, with_wait
 from tests.waiting import until
 
 
@@ -42,6 +42,65 @@ def test_rented_machines_share_a_run_and_are_given_back(quick: Cloud) -> None:
     (of_run,) = cost["runs"]
     assert 0 < of_run["usd"] <= cost["total_usd"]
     assert of_run["rows"] == 30
+
+
+def test_a_machine_that_is_done_goes_back_while_the_others_work(quick: Cloud) -> None:
+    """Of three examples one machine has one: with nothing more for it, it costs nothing while the other goes on."""
+    run = rented(2, Caps(budget_usd=3.0), 3, pace_s=6.0)
+    command = started("resume", run.run_id)
+    until(lambda: len(billing(quick)) == 2, 60)
+    until(lambda: len(billing(quick)) == 1, 60)
+    assert runs.find(run.run_id).record.state == "running"
+    Path("calm").touch()
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 0, said
+    sharers.assert_whole(run, 3)
+    assert billing(quick) == []
+
+
+def test_a_machine_that_boots_for_long_is_not_waited_for(quick: Cloud) -> None:
+    """When the others have done its part, one on its way up is given back: the run ends when its rows are home."""
+    quick.fault("boot-stuck", after=1, seconds=900.0)
+    run = rented(2, Caps(budget_usd=3.0), 20)
+    done = gpu("resume", run.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "the others have done its part; it is given back" in done.stdout + done.stderr
+    sharers.assert_whole(run, 20)
+    assert len(quick.core.ours()) == 2
+    assert billing(quick) == []
+
+
+def test_who_leaves_is_told_of_every_machine_that_goes_on_costing(quick: Cloud) -> None:
+    """`--detach` names both machines and their price together; the resume that ends the run gives both back."""
+    run = rented(2, Caps(max_hours=1.0), 200, pace_s=0.1)
+    left = gpu("resume", run.run_id, "--detach")
+    assert left.returncode == 0, left.stderr
+    base = run.record.machine
+    price = sum(rental.price_usd_per_hour or 0.0 for rental in fleet.live(run))
+    assert f"{base}, {base}-2 GO ON COSTING {price:.2f} USD/h; the last deadline is" in left.stderr
+    assert len(billing(quick)) == 2
+    Path("calm").touch()
+    done = gpu("resume", run.run_id)
+    assert done.returncode == 0, done.stderr
+    assert "COSTING" not in done.stderr
+    assert billing(quick) == []
+
+
+def test_machines_that_were_launched_before_are_told_of_and_given_back(quick: Cloud) -> None:
+    """Of machines named by `--on`, those that are rented go on costing, which is said; `--terminate` ends them."""
+    for name in "ab":
+        launched = gpu("launch", name, "--gpu", "A10", "-y")
+        assert launched.returncode == 0, launched.stderr
+    run = shared(["a", "b"], 200, pace_s=0.1)
+    left = gpu("resume", run.run_id, "--detach")
+    assert left.returncode == 0, left.stderr
+    assert "a, b GO ON COSTING" in left.stderr
+    Path("calm").touch()
+    done = gpu("resume", run.run_id, "--terminate")
+    assert done.returncode == 0, done.stderr
+    sharers.assert_whole(run, 200)
+    assert "COSTING" not in done.stderr
+    assert billing(quick) == []
 
 
 @pytest.mark.slow

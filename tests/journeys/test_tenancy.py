@@ -109,6 +109,7 @@ def test_a_run_goes_on_elsewhere_when_its_machine_vanishes(quick: Cloud, tmp_pat
     assert [entry["event"] for entry in told(tmp_path)] == ["machine_lost", "run_done"]
 
 
+@pytest.mark.slow
 def test_a_run_is_ended_in_time(quick: Cloud, tmp_path: Path) -> None:
     """At its deadline a run that is followed is stopped cleanly, its rows come home, and its machine is gone."""
     listen(tmp_path)
@@ -119,6 +120,21 @@ def test_a_run_is_ended_in_time(quick: Cloud, tmp_path: Path) -> None:
     assert 0 < lines_home(newest().run_id) < 2000
     assert billing(quick) == []
     assert [entry["event"] for entry in told(tmp_path)] == ["budget_80", "guard_fired", "run_failed"]
+
+
+def test_cron_tells_that_most_of_a_budget_is_spent(quick: Cloud, tmp_path: Path) -> None:
+    """Where nobody follows, `gpu advance --all` tells it, once; before most of the time is over it tells nothing."""
+    listen(tmp_path)
+    assert gpu("launch", "box", "--gpu", "A10", "-y").returncode == 0
+    assert gpu("advance", "--all").returncode == 0
+    assert told(tmp_path) == []
+    machine, now = rentals.choose("box"), clock.timestamp()
+    machine.save(asked_at=now - 900.0, deadline=now + 200.0)
+    for _ in range(2):
+        assert gpu("advance", "--all").returncode == 0
+    (entry,) = told(tmp_path)
+    assert (entry["event"], entry["machine"]) == ("budget_80", "box")
+    assert gpu("terminate", "box", "-y").returncode == 0
 
 
 def test_ctrl_c_leaves_the_machine_and_says_so(quick: Cloud) -> None:
@@ -135,6 +151,7 @@ def test_ctrl_c_leaves_the_machine_and_says_so(quick: Cloud) -> None:
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_a_mirror_keeps_what_a_vanished_machine_had(quick: Cloud, tmp_path: Path) -> None:
     """With nobody following, rows that a mirror has come home from there when the machine is gone."""
     mirror = tmp_path / "mirror"
@@ -181,6 +198,7 @@ def followed(quick: Cloud, number: int, *more: str) -> Any:
     return command, quick.core.ours()[-1]
 
 
+@pytest.mark.slow
 def test_a_computer_that_is_cut_off_ends_no_machine(quick: Cloud) -> None:
     """Neither machine nor provider answer, so it may be this computer: nothing is ended, and the run goes on there."""
     command, instance = followed(quick, 300, "--terminate")
@@ -199,6 +217,7 @@ def test_a_computer_that_is_cut_off_ends_no_machine(quick: Cloud) -> None:
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_comes_back_is_kept(quick: Cloud) -> None:
     """A machine that does not answer for longer than is waited for, but then does, goes on with its run."""
     command, instance = followed(quick, 200, "--terminate")
@@ -214,6 +233,7 @@ def test_a_machine_that_comes_back_is_kept(quick: Cloud) -> None:
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_never_answers_again_is_replaced(quick: Cloud, tmp_path: Path) -> None:
     """While its provider answers and the machine does not, for minutes, it is ended, and the run goes on elsewhere."""
     listen(tmp_path)
@@ -226,6 +246,7 @@ def test_a_machine_that_never_answers_again_is_replaced(quick: Cloud, tmp_path: 
     assert [entry["event"] for entry in told(tmp_path)] == ["machine_lost", "run_done"]
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_while_it_is_sent_its_files_is_replaced(quick: Cloud) -> None:
     """Gone before the run began there: it begins on the next one."""
     Path("big.bin").write_bytes(bytes(range(256)) * 1_600_000)
@@ -239,6 +260,7 @@ def test_a_machine_that_vanishes_while_it_is_sent_its_files_is_replaced(quick: C
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_further_machines_share_hours_and_budget(quick: Cloud) -> None:
     """What the first machine took is taken off for the next; what is typed with a resume counts from then on."""
     quick.fault("vanishes", seconds=8.0)
@@ -259,6 +281,7 @@ def test_further_machines_share_hours_and_budget(quick: Cloud) -> None:
     assert gpu("terminate", "--all", "--discard", "-y").returncode == 0
 
 
+@pytest.mark.slow
 def test_machines_are_not_replaced_without_end(quick: Cloud) -> None:
     """When one after the other vanishes, the run ends as lost, which its exit code says, and nothing is rented."""
     quick.fault("vanishes", seconds=5.0, times=None)
@@ -269,6 +292,7 @@ def test_machines_are_not_replaced_without_end(quick: Cloud) -> None:
     assert newest().record.state in ("lost", "planned")  # where the last one vanished before the run had begun there
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_ended_on_purpose_is_not_replaced(quick: Cloud) -> None:
     """Given back by hand, or by its guard at the deadline, while its run is followed: nothing more is rented."""
     command, _ = followed(quick, 4000)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import guarding, machines, rentals, runs
+from orchestrator import clock, guarding, machines, rentals, runs
 from orchestrator.rentals import Rental
 from tests.cloud import Both, Stand, Timings, Vast
 from tests.journeys.hurried import Done, begun, document, gpu
@@ -97,12 +97,33 @@ def test_no_secret_of_ours_reaches_the_host(quick: Vast, monkeypatch: pytest.Mon
     assert gpu("terminate", "v", "-y").returncode == 0
 
 
+@pytest.mark.slow
 def test_the_guard_ends_a_container_by_itself(quick: Vast) -> None:
     """With nobody at the laptop, the container's own key ends it at its deadline; the laptop then sees it gone."""
     assert gpu(*LAUNCH, "--max-hours", "0.007").returncode == 0
     until(lambda: not billing(quick), 60)
     assert gpu("terminate", "v", "-y").returncode == 0
     assert rental().record.state == "gone"
+
+
+def test_a_deadline_stands_with_the_container(quick: Vast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stuck while it boots, so that no guard has begun: where only the key is known, what is past its deadline ends."""
+    quick.fault("boot-stuck", times=2, seconds=3000.0)
+    foreign = quick.core.add_foreign("gpu-20270115t080000-0123456789ab.1.box")
+    rents = ("launch", "--gpu", "RTX 4090", "--provider", "vast", "-y", "--no-wait", "-q")
+    assert gpu(*rents, "late", "--max-hours", "0.001").returncode == 0
+    assert gpu(*rents, "early").returncode == 0
+    late, early = quick.core.ours()
+    until(lambda: clock.timestamp() > late.created_at + 4.0)
+    monkeypatch.setenv("GPU_HOME", str(tmp_path / "elsewhere"))
+    (entry,) = json.loads(gpu("audit", "--past-cap", "--json").stdout)["past_cap"]
+    assert (entry["name"], entry["instance_id"]) == ("late", late.instance_id)
+    assert gpu("audit", "--fix", "--past-cap", "-y").returncode == 0
+    assert billing(quick) == [early.instance_id]
+    assert rental("late").record.guard == "container"
+    assert gpu("audit", "--fix", "-y").returncode == 0
+    assert (billing(quick), quick.core.touched_foreign) == ([], [])
+    assert foreign.ending_at is None
 
 
 def outbid(cloud: Vast, number: int = 0) -> None:
@@ -134,6 +155,7 @@ def test_an_outbid_run_goes_on_elsewhere(quick: Vast) -> None:
     assert not any(entry["open"] for entry in document("cost")["machines"])
 
 
+@pytest.mark.slow
 def test_where_no_bid_is_taken_a_fixed_price_is(both_clouds: Both) -> None:
     """Outbid, with no other container to bid for, the run goes on at another cloud, and each row is there once."""
     for stand in (both_clouds.vast, both_clouds.lambda_cloud):
@@ -150,6 +172,26 @@ def test_where_no_bid_is_taken_a_fixed_price_is(both_clouds: Both) -> None:
     assert len(both_clouds.lambda_cloud.core.ours()) == 1
     assert billing(vast) == billing(both_clouds.lambda_cloud) == []
     assert lines_home(runs.find(None).run_id) == list(range(200))
+
+
+@pytest.mark.parametrize("when", ["planned", "asked"])
+def test_a_cloud_that_refuses_is_passed_over(both_clouds: Both, when: str) -> None:
+    """Without credit at the cheaper cloud the other one is asked, and that is said, unless one cloud was named."""
+    vast, other = both_clouds.vast, both_clouds.lambda_cloud
+    for stand in (vast, other):
+        stand.core.timings = Timings(boot_s=0.2, ip_delay_s=0.05, sshd_delay_s=0.05, term_s=0.1)
+    if when == "planned":
+        vast.core.credit = 0.05
+    else:
+        vast.fault("no-credit", times=None)
+    named = gpu("launch", "v", "--gpu", "A100", "--provider", "vast", "-y")
+    assert (named.returncode, "credit" in named.stderr) == (PROVIDER, True), named.stderr
+    done = gpu("launch", "v", "--gpu", "A100", "-y")
+    assert done.returncode == 0, done.stderr
+    assert "Another cloud is asked." in done.stderr
+    assert (len(vast.core.ours()), len(other.core.ours())) == (0, 1)
+    assert gpu("terminate", "v", "-y").returncode == 0
+    assert billing(vast) == billing(other) == []
 
 
 def test_a_bid_is_what_was_typed(quick: Vast) -> None:
@@ -193,6 +235,7 @@ def test_bad_input_is_named(quick: Vast, monkeypatch: pytest.MonkeyPatch) -> Non
     assert quick.core.ours() == []
 
 
+@pytest.mark.slow
 def test_a_container_stopped_when_idle_keeps_its_rows(quick: Vast) -> None:
     """Idle with rows that are not home, a container is stopped, not destroyed; started again, its rows come home."""
     assert gpu(*LAUNCH, "--idle-minutes", "0.25").returncode == 0
@@ -207,11 +250,14 @@ def test_a_container_stopped_when_idle_keeps_its_rows(quick: Vast) -> None:
     )
     assert billing(quick), "its disk"
     (entry,) = document("status", "--refresh")
-    assert entry["state"] == "stopped"
+    assert (entry["state"], 0 < entry["price_now_usd_per_hour"] < entry["price_usd_per_hour"]) == ("stopped", True)
+    assert "v is stopped, and GOES ON COSTING 0.0" in gpu("status").stderr
+    assert "its disk, 0.0" in gpu("cost").stdout
     refused = gpu("terminate", "v", "-y")
     assert refused.returncode == COSTS
     assert "gpu wait v" in refused.stderr
     assert gpu("wait", "v").returncode == 0
+    assert document("status")[0]["price_now_usd_per_hour"] == entry["price_usd_per_hour"]
     pulled = gpu("pull")
     assert pulled.returncode == 0, pulled.stderr
     assert gpu("terminate", "v", "-y").returncode == 0

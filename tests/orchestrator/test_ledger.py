@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jobs import locks
 from orchestrator import ledger
@@ -123,3 +125,61 @@ def test_what_was_taken_for_nothing_and_came_late_is_closed_in_the_end() -> None
     ledger.close_lease("gpu-1", 100.0)
     (late,) = ledger.leases()
     assert late.closed_at == 100.0
+
+
+def lease() -> Lease:
+    (found,) = ledger.leases()
+    return found
+
+
+def test_a_price_that_is_told_counts_from_the_request_on() -> None:
+    """What the provider says that it costs takes the place of what was offered, for all of its time."""
+    ledger.open_lease(FIRST)
+    for _ in range(2):
+        ledger.change_price("gpu-1", 1.2)
+    assert (lease().price_usd_per_hour, lease().price_now) == (1.2, 1.2)
+    assert lease().usd(FIRST.opened_at + 3600) == pytest.approx(1.2)
+    assert len(ledger.path().read_bytes().splitlines()) == 2, "what is known is not noted again"
+
+
+def test_a_price_that_changes_counts_from_then_on() -> None:
+    """An hour at one price, one at another, and one at the first again cost what each did, to the end of the lease."""
+    ledger.open_lease(FIRST)
+    ledger.change_price("gpu-1", 0.01, FIRST.opened_at + 3600)
+    ledger.change_price("gpu-1", 0.01, FIRST.opened_at + 5000)
+    ledger.change_price("gpu-1", 0.6, FIRST.opened_at + 7200)
+    assert lease().usd(FIRST.opened_at + 3 * 3600) == pytest.approx(0.6 + 0.01 + 0.6)
+    assert lease().usd_within(FIRST.opened_at + 1800, FIRST.opened_at + 5400) == pytest.approx(0.3 + 0.005)
+    ledger.close_lease("gpu-1", FIRST.opened_at + 7200)
+    assert lease().usd() == pytest.approx(0.6 + 0.01)
+    ledger.change_price("gpu-1", 9.0, FIRST.opened_at + 5400)
+    assert lease().usd() == pytest.approx(0.6 + 0.01), "what is closed costs what it did"
+
+
+def test_what_was_noted_too_low_is_noted_anew() -> None:
+    """A price from an earlier moment on takes the place of all that was noted after it."""
+    ledger.open_lease(FIRST)
+    ledger.change_price("gpu-1", 0.01, FIRST.opened_at + 3600)
+    ledger.change_price("gpu-1", 0.6, FIRST.opened_at + 3600)
+    assert lease().usd(FIRST.opened_at + 7200) == pytest.approx(1.2)
+    ledger.change_price("gpu-2", 9.0)
+    assert len(ledger.leases()) == 1, "what was never opened has no price"
+
+
+@given(st.floats(0.0, 1e6))
+def test_what_is_shown_is_never_less(usd: float) -> None:
+    """An amount for a person is rounded up, by less than a cent, but for what is lost in adding up."""
+    shown = float(ledger.shown(usd))
+    assert usd - 1e-6 <= shown < usd + 0.01 + 1e-6
+
+
+def test_a_cent_is_shown_for_less_than_one() -> None:
+    """0.004 USD is not nothing, 0.30 is not 0.31, and 0 is 0."""
+    assert [ledger.shown(usd) for usd in (0.004, 0.3, 0.1 + 0.2, 0.0, 1.001)] == [
+        "0.01",
+        "0.30",
+        "0.30",
+        "0.00",
+        "1.01",
+    ]
+    assert ledger.shown(0.00831, 4) == "0.0084"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator import offers
+from orchestrator import cli, offers
 from orchestrator.errors import NoCapacity, UsageError
 from orchestrator.providers.base import Need, Offer
+from tests.cloud import Cloud
 
 
 def offer(gpu: str | None = "A100 SXM4", **how: Any) -> Offer:
@@ -138,6 +141,30 @@ def test_why_none_fits_is_said(need: Need, words: str) -> None:
     with pytest.raises(NoCapacity) as caught:
         offers.suitable(SHELF, need)
     assert words in caught.value.message
+
+
+def test_who_asks_for_spot_where_there_is_none_is_not_told_to_wait() -> None:
+    """Waiting brings no spot machine of a cloud that has none; where there are some, it may."""
+    with pytest.raises(NoCapacity) as caught:
+        offers.suitable(SHELF, Need(spot=True))
+    assert "--provider vast" in caught.value.hint
+    with pytest.raises(NoCapacity) as caught:
+        offers.suitable([*SHELF, offer(spot=True)], Need(spot=True, count=5))
+    assert "--wait-capacity" in caught.value.hint
+
+
+def test_a_cloud_that_does_not_answer_is_told_of(light_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other clouds have is offered, and said to be without it; the JSON stays one document."""
+    monkeypatch.setenv("VAST_API_KEY", "a-key")
+    monkeypatch.setenv("GPU_VAST_URL", "http://127.0.0.1:9/vast")
+    done = CliRunner().invoke(cli.gpu, ["offers", "--json"])
+    assert {found["provider"] for found in json.loads(done.stdout)} == {"lambda"}
+    assert "without it: Vast.ai could not search its offers" in done.stderr
+    planned = CliRunner().invoke(cli.gpu, ["launch", "--gpu", "A10", "--dry-run"])
+    assert "without it: Vast.ai" in planned.stderr
+    monkeypatch.delenv("VAST_API_KEY")
+    assert CliRunner().invoke(cli.gpu, ["offers", "--json"]).stderr == ""
+    assert light_cloud.core.still_billing() == []
 
 
 def test_nothing_at_all_is_offered() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import os
 import random
 import re
 import sys
@@ -145,12 +146,29 @@ def test_a_host_key_that_is_made_later_is_said_then(box: Container) -> None:
     until(lambda: box.log() == f"{onstart.HOST_KEY_PREFIX}{HOST_KEY}\n")
 
 
+def test_keys_that_sshd_would_pass_over_are_put_right(box: Container) -> None:
+    """Folder and keys of another owner, or that others may write, are made root's alone, however late they come."""
+    box.start(deadline=time.time() + 3600)
+    until(lambda: box.log() != "")
+    keys = box.home / ".ssh" / "authorized_keys"
+    keys.parent.mkdir()
+    keys.write_text("")
+    for path in (box.home, keys.parent, keys):
+        path.chmod(0o777)
+    if os.getuid() == 0:
+        os.chown(keys.parent, 1234, 1234)
+        os.chown(keys, 1234, 1234)
+    until(lambda: not any(path.stat().st_mode & 0o022 for path in (box.home, keys.parent, keys)))
+    until(lambda: {keys.stat().st_uid, keys.parent.stat().st_uid} == {os.getuid()})
+    assert box.log().count(onstart.HOST_KEY_PREFIX) == 1
+
+
 @pytest.fixture
 def bare(box: Container, tmp_path: Path) -> Container:
     """A container that has a shell and a Python that is too old, and nothing else on its PATH or in usual places."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("sleep", "touch", "setsid", "sh"):
+    for name in ("sleep", "seq", "touch", "setsid", "sh"):
         (programs / name).symlink_to(f"/usr/bin/{name}")
     (programs / "python3").write_text("#!/bin/sh\necho 'I am too old'\nexit 1\n")
     (programs / "python3").chmod(0o755)

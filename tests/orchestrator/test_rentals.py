@@ -24,7 +24,7 @@ from tests.cloud import Cloud
 OFFER = Offer("lambda", "x@r", "x", "A10 PCIe", 1, 24.0, 1, 1.0, 1.0, "r", price_usd_per_hour=0.6)
 TERMS = Terms(Need(gpu="A10"), Caps(2.0, 30.0, 5.0), "reaper", "/opt/python")
 STATUS_KEYS = "name provider instance_id state raw_state gpu price_usd_per_hour launched_at ssh guard cost_usd runs"
-STATUS_KEYS += " reachable last_seen"
+STATUS_KEYS += " reachable last_seen price_now_usd_per_hour"
 _CREATE = """
 import sys
 from orchestrator import rentals

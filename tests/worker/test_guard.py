@@ -112,6 +112,7 @@ def test_at_the_deadline_runs_are_stopped_and_sealed_before_the_end(
     assert set(cloud.ended()) == {"own"}
 
 
+@pytest.mark.slow
 def test_rows_are_sealed_at_the_deadline_though_the_provider_is_silent(
     box: Guarded, cloud: Cloud, counting_run: Callable[..., Run]
 ) -> None:

@@ -63,7 +63,10 @@ def test_a_program_that_hangs_is_wrong_and_the_time_limit_is_told(monkeypatch: p
 
 def test_the_limit_follows_the_reference_solution() -> None:
     """A problem whose own solution takes long here gives programs a multiple of that."""
-    slow = {**RECORDS[0], "canonical_solution": "    import time; time.sleep(1)\n" + RECORDS[0]["canonical_solution"]}
+    slow = {
+        **RECORDS[0],
+        "canonical_solution": "    import time; time.sleep(2 / 2)\n" + RECORDS[0]["canonical_solution"],
+    }
     (example,) = humaneval.examples([slow])
     verdict = humaneval.score("    return 0\n", example.target)
     assert 4.0 <= verdict.notes["limit_s"] < 60.0

@@ -151,6 +151,28 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path) -> None:
     assert peak_mib <= 100
 
 
+def test_choices_are_taken_again_from_their_likelihoods(tmp_path: Path) -> None:
+    """Rows of weighed choices are scored again by every rule; an error row stays unscored, other rows are refused."""
+    row = {"key": "a#0", "error": None, "logliks": [-4.0, -5.0], "choices": ["ab", "abcd"], "target": 1}
+    lines = [row, {"key": "b#0", "error": "too large", "logliks": None, "choices": ["a", "b"], "target": 0}]
+    code, found = rescore(written(tmp_path / "a.jsonl", lines), task="arc", target="target")
+    assert code == 0
+    assert found["rules"]["acc"] == {"correct": 0, "scored": 1, "unscored": 1}
+    assert found["rules"]["acc_norm"] == {"correct": 1, "scored": 1, "unscored": 1}
+    assert [line["answers"] for line in found["disagreements"]] == [{"acc": "0", "acc_norm": "1", "acc_bytes": "1"}]
+    for broken in ({"logliks": [1.0]}, {"choices": ["", "b"]}, {"target": None}):
+        code, found = rescore(written(tmp_path / "b.jsonl", [{**row, **broken}]), task="arc", target="target")
+        assert code == 3
+        assert "line 1: 'logliks' and 'choices'" in found["failed"]["message"]
+
+
+def test_texts_that_were_read_have_nothing_to_score(tmp_path: Path) -> None:
+    """Perplexity is counted from rows, not scored: that is said, with the command that counts."""
+    code, found = rescore(written(tmp_path / "a.jsonl", LINES), task="perplexity")
+    assert code == 3
+    assert "gpu report" in found["failed"]["hint"]
+
+
 def test_what_a_model_wrote_is_run_only_when_that_is_allowed(tmp_path: Path) -> None:
     """Scoring programs again is refused with what would happen and how to say yes; with it, they run in the sandbox."""
     (record, *_) = [json.loads(line) for line in Path(humaneval.SAMPLE).read_text().splitlines()]

@@ -125,6 +125,7 @@ def test_a_manifest_of_another_form_counts_as_damage(folder: Path, manifest: byt
     assert tiny.damage(folder) is not None
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_nothing_that_looks_whole(tmp_path: Path, kept: Path) -> None:
     """SIGKILL in the middle leaves no model folder; the next call sweeps what is left and trains."""
     killed = ask(tmp_path / "models", "die")
@@ -174,6 +175,7 @@ def test_an_interrupted_training_cleans_up(tmp_path: Path) -> None:
     assert [path.is_file() for path in (tmp_path / "models").iterdir()] == [True]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_train_once(tmp_path: Path, kept: Path) -> None:
     """Both wait and say so; then one trains, and the other takes what it trained, which is also what we trained."""
     models_dir = tmp_path / "models"

@@ -1,4 +1,4 @@
-"""What every benchmark module provides: examples, messages and scores; pure but for nothing."""
+"""What every benchmark module provides: examples, what is asked of the model, and scores; pure but for nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 from worker.failures import ConfigFailure
 
-TASKS = ("gsm8k", "math", "humaneval", "generation", "prompts")
+TASKS = ("gsm8k", "mmlu", "arc", "hellaswag", "perplexity", "math", "humaneval", "generation", "prompts")
 """Names of the benchmarks; each is the module of that name in this package, or of the name below."""
 _MODULES = {"math": "mathematics"}  # no module of ours bears a name of the standard library
 
@@ -19,6 +19,9 @@ NEEDS = {"math": {"math_verify": "math-verify[antlr4-11-0]"}, "prompts": {"jsons
 """What the rules of a task import beyond the standard library, and what to install for it."""
 RUNS_CODE = ("humaneval",)
 """Tasks that run what the model wrote: scoring again asks whether that is wanted on this computer."""
+
+GENERATES, CHOOSES, READS = "generates", "chooses", "reads"
+"""What a model does in a task: it writes a completion, it weighs given choices, or it reads a text."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Example:
     """How hard it is, where the dataset says so."""
     chat: tuple[Mapping[str, str], ...] = ()
     """The messages to send, where the dataset has more than one for an example."""
+    choices: tuple[str, ...] = ()
+    """Of a task that chooses, what is weighed; `target` is the number of the right one, from 0."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,31 @@ class Task(Protocol):
     NAME: str
     VERSION: str
     """Raised whenever prompts or scores of the task change; part of the fingerprint."""
+    KIND: str
     DATASET: str
     """The Hub dataset that `dataset=auto` means for a real model; a path where the problems are our own."""
-    SAMPLE: str
-    """What it means for the built-in model: `generated`, or a file of ours."""
-    STOP: tuple[str, ...]
-    """What ends a completion where no chat template is used."""
+    SHOTS_SPLIT: str
+    """The split of the dataset that worked examples come from."""
+    COLUMNS: tuple[str, ...]
+    """Names for the columns of its files where those have no header."""
     OPTIONS: tuple[str, ...]
     """Parameters of the job that `examples` takes besides the records; they are part of the fingerprint."""
     RULES: tuple[str, ...]
     HEADLINE: str
-    """The rule whose answer and score become the row's `answer` and `score`."""
+    """The rule whose answer and score become the row's `answer` and `score`; empty for a task that reads."""
 
     def examples(self, records: Sequence[Mapping[str, Any]], **options: Any) -> list[Example]:
         """Every record as an Example, in order; raises BadRecord naming the row and what it lacks."""
         ...
+
+
+class Generates(Task, Protocol):
+    """A task whose completions are scored."""
+
+    SAMPLE: str
+    """What `dataset=auto` means for the built-in model: `generated`, or a file of ours."""
+    STOP: tuple[str, ...]
+    """What ends a completion where no chat template is used."""
 
     def messages(self, example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
         """The chat sent for an example, after the fixed shots: a list of `{role, content}`.
@@ -94,6 +109,21 @@ class Task(Protocol):
     def score(self, completion: Reply, target: str) -> Verdict:
         """What each rule finds in a completion and how it scores against the target."""
         ...
+
+
+class Chooses(Task, Protocol):
+    """A task whose choices are weighed by how likely the model finds each after the context (see `choosing.py`)."""
+
+    def context(self, example: Example, shots: Sequence[Example]) -> str:
+        """What stands before each choice and the space that leads to it: the fixed shots, then the problem."""
+        ...
+
+
+class Reads(Task, Protocol):
+    """A task that tells how well the model predicts a text: the example's `problem`.
+
+    Its words and bytes are counted in `solution` where there is one: the text before it was made fit for reading.
+    """
 
 
 def get(name: str) -> Task:

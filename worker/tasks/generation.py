@@ -12,13 +12,16 @@ from typing import Any
 
 from jobs import spec
 from worker.failures import BadRecord
-from worker.tasks import Example, Reply, Verdict
+from worker.tasks import GENERATES, Example, Reply, Verdict
 from worker.tasks.records import Ids, Record
 
 NAME = "generation"
 VERSION = "1"
+KIND = GENERATES
 DATASET = SAMPLE = str(Path(__file__).with_name("generation.jsonl"))
 STOP: tuple[str, ...] = ()
+SHOTS_SPLIT = "train"
+COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = ("sane", "nonempty", "no_loops", "language", "stops")
 """`sane` is all the others that apply. Each metric is the share of completions that pass."""

@@ -13,13 +13,16 @@ from typing import Any
 from jobs import spec
 from worker import sandbox
 from worker.failures import BadRecord
-from worker.tasks import Example, Verdict
+from worker.tasks import GENERATES, Example, Verdict
 from worker.tasks.records import Ids, Record
 
 NAME = "humaneval"
 VERSION = "1"
+KIND = GENERATES
 DATASET = "openai/openai_humaneval"
 SAMPLE = str(Path(__file__).with_name("humaneval.jsonl"))
+SHOTS_SPLIT = "train"
+COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = ("passed", "continuation")
 """`continuation` is that of openai/human-eval: the reply goes on where the prompt ends, up to the first stop string.

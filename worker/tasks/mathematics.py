@@ -9,14 +9,17 @@ from typing import Any
 from jobs import spec
 from worker import grading
 from worker.failures import BadRecord, ConfigFailure
-from worker.tasks import Example, Verdict, lacking
+from worker.tasks import GENERATES, Example, Verdict, lacking
 from worker.tasks.records import Ids, Record
 
 NAME = "math"
 VERSION = "1"
+KIND = GENERATES
 DATASET = "HuggingFaceH4/MATH-500"
 SAMPLE = "generated"
 STOP: tuple[str, ...] = ()
+SHOTS_SPLIT = "train"
+COLUMNS: tuple[str, ...] = ()
 OPTIONS = ("subjects", "levels")
 RULES = ("math_verify", "exact_match")
 """`math_verify` is that of minerva_math in lm-evaluation-harness 0.4.13; `exact_match` is ours: the answer found in the

@@ -11,13 +11,16 @@ from typing import Any
 from jobs import spec
 from worker import grading
 from worker.failures import BadRecord
-from worker.tasks import Example, Verdict, lacking
+from worker.tasks import GENERATES, Example, Verdict, lacking
 from worker.tasks.records import Ids, Record
 
 NAME = "prompts"
 VERSION = "1"
+KIND = GENERATES
 DATASET = SAMPLE = str(Path(__file__).with_name("prompts.jsonl"))
 STOP: tuple[str, ...] = ()
+SHOTS_SPLIT = "train"
+COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = ("success", "tool_call", "keywords", "regex", "exact")
 """`success` is all the others that the row expects."""

@@ -16,7 +16,9 @@ IMAGE = "vastai/base-image@sha256:" + "ab" * 32
 HOST_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAICN+lJwsONkwrdsSnQsu1ydUkIuIg5oOC+Eslvmtt60T"
 OFFER = Offer("vast", "7654321", "1x RTX 4090", "RTX 4090", 1, 24.0, 16, 64.2, 50.0, "US-California", 0.3104)
 BID = Offer("vast", "7654321", "1x RTX 4090", "RTX 4090", 1, 24.0, 16, 64.2, 50.0, "US", 0.17, True, 0.16)
-ORDER = Order(MARKER, MARKER, SCRIPT, {"gpu-name": "x"}, None, IMAGE)
+TAGS = {"gpu-deadline": "1767355200", "gpu-guard": "container", "gpu-name": "x"}
+LABEL = f"{MARKER}.1767355200c.x"
+ORDER = Order(MARKER, MARKER, SCRIPT, TAGS, None, IMAGE)
 INSTANCE_KEY = "d15a0f5b7a11c0ffee99"
 TOKEN = "df77e27085bd4b3bd5d9024bdefb9e6d"
 CREATED = Scripted(200, {"success": True, "new_contract": int(ID), "instance_api_key": INSTANCE_KEY})
@@ -74,11 +76,13 @@ def found(need: Need, *entries: Any) -> list[Offer]:
 
 
 def market(server: Server, *entries: dict[str, Any]) -> None:
-    """Have the server sell these: by price from a floor on, 64 at most, whatever else is asked."""
+    """Have the server sell these: by price from a floor on, without some ids, 64 at most, whatever else is asked."""
 
     def answer(asked: Asked) -> Scripted:
         floor = asked.body.get("dph_total", {}).get("gte", 0.0)
-        fitting = sorted((one for one in entries if one["dph_total"] >= floor), key=lambda one: one["dph_total"])
+        without = asked.body.get("ask_contract_id", {}).get("notin", [])
+        fitting = [one for one in entries if one["dph_total"] >= floor and one["id"] not in without]
+        fitting.sort(key=lambda one: one["dph_total"])
         return Scripted(200, {"offers": fitting[:64]})
 
     server.usual = answer
@@ -87,7 +91,7 @@ def market(server: Server, *entries: dict[str, Any]) -> None:
 INSTANCE: dict[str, Any] = {
     "id": int(ID),
     "machine_id": 88888,
-    "label": MARKER,
+    "label": LABEL,
     "actual_status": "running",
     "intended_status": "running",
     "cur_state": "running",

@@ -13,7 +13,7 @@ from orchestrator.providers import vast_answers
 from orchestrator.providers.base import Endpoint, Instance
 from orchestrator.providers.vast import VastCloud
 from tests.orchestrator.providers.loopback import Asked, Scripted, Server
-from tests.orchestrator.providers.playing_vast import ID, INSTANCE, MARKER, SCRIPT, TOKEN
+from tests.orchestrator.providers.playing_vast import ID, INSTANCE, MARKER, SCRIPT, TAGS, TOKEN
 from tests.orchestrator.providers.test_lambda_answers import JSON
 
 DIRECT, PROXY = Endpoint("203.0.113.42", 40022), Endpoint("ssh6.vast.ai", 15678)
@@ -39,6 +39,7 @@ def test_one_instance(vast: VastCloud, server: Server) -> None:
         type_name="1x RTX 4090",
         region="US-California",
         price_usd_per_hour=0.3104,
+        tags=TAGS,
         message="success, running vastai/base-image_stock/ssh",
         gpu="RTX 4090",
         count=1,

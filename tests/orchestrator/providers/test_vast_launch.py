@@ -28,6 +28,7 @@ from tests.orchestrator.providers.playing_vast import (
     ID,
     IMAGE,
     INSTANCE_KEY,
+    LABEL,
     LIMITED,
     MARKER,
     MOVED,
@@ -62,7 +63,7 @@ NO_INSTANCE |= {"path": {"new_contract": "../x"}, "true": {"new_contract": True}
 
 
 def test_a_launch_asks_for_one_machine_once(vast: VastCloud, server: Server) -> None:
-    """The request has the pinned image, the disk, the marker as label, both ways in, no variable, and no secret."""
+    """It has the pinned image, the disk, its marker and tags as label, both ways in, no variable, and no secret."""
     server.script = [CREATED]
     assert vast.launch(OFFER, ORDER) == ID
     assert server.paths() == ["PUT /api/v0/asks/7654321/"]
@@ -72,7 +73,7 @@ def test_a_launch_asks_for_one_machine_once(vast: VastCloud, server: Server) -> 
         "env": {},
         "price": None,
         "disk": 50,
-        "label": MARKER,
+        "label": LABEL,
         "onstart": SCRIPT,
         "runtype": "ssh_direc ssh_proxy",
         "cancel_unavail": True,
@@ -152,7 +153,9 @@ def test_what_cannot_be_rented_is_not_asked_for(
 def test_the_longest_script_is_sent(vast: VastCloud, server: Server) -> None:
     """A start script just below the limit, and a label at it, are taken."""
     server.script = [CREATED]
-    assert vast.launch(OFFER, replace(ORDER, start_script="#" * 3999, marker="x" * 60)) == ID
+    label = "x" * (60 - len(".1767355200c"))  # no room for a name
+    assert vast.launch(OFFER, replace(ORDER, start_script="#" * 3999, marker=label)) == ID
+    assert len(server.asked[0].body["label"]) == 60
 
 
 def test_an_image_that_is_not_there_rents_nothing(vast: VastCloud, server: Server) -> None:

@@ -220,11 +220,20 @@ def test_pages_go_on_from_the_price_where_the_last_one_ended(vast: VastCloud, se
     assert [offer.price_usd_per_hour for offer in offers] == sorted(offer.price_usd_per_hour for offer in offers)
 
 
+def test_more_than_a_page_at_one_price_are_all_seen(vast: VastCloud, server: Server) -> None:
+    """150 offers at one price, after cheaper ones and before dearer ones, are all there, and each once."""
+    prices = [0.31, *[0.4] * 150, 0.5, 0.6]
+    market(server, *(entry(id=1000 + at, dph_total=price) for at, price in enumerate(prices)))
+    offers = vast.offers(Need())
+    assert [int(offer.offer_id) for offer in offers] == list(range(1000, 1000 + len(prices)))
+    assert len(server.asked) == 4
+
+
 def test_pages_end(vast: VastCloud, server: Server) -> None:
     """However many offers there are, and however the market repeats itself, a search is five pages at most."""
-    market(server, *(entry(id=1 + at, dph_total=0.4) for at in range(200)))
-    assert len(vast.offers(Need())) == 64
-    assert len(server.asked) <= 5
+    market(server, *(entry(id=1 + at, dph_total=0.4) for at in range(400)))
+    assert len(vast.offers(Need())) == 64 * 4, "the second page told that there are more at that price"
+    assert len(server.asked) == 5
     server.asked.clear()
     server.usual = lambda _: Scripted(200, {"offers": [entry(id=1 + at) for at in range(64)]})
     assert len(vast.offers(Need())) == 64

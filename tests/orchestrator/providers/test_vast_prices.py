@@ -26,6 +26,20 @@ def test_the_price_has_the_disk_in_it_whatever_is_told() -> None:
     assert found(need, entry())[0].disk_gb == 200
 
 
+@given(st.floats(0.001, 50.0), st.floats(0.0, 5.0), st.integers(8, 500))
+def test_nothing_costs_more_than_it_is_offered_at(base_usd: float, gb_usd: float, disk_gb: int) -> None:
+    """A price, with its disk or of the disk alone, is rounded up to a millionth, at a fixed price and for a bid."""
+    told = entry(dph_base=base_usd, dph_total=None, storage_cost=gb_usd, min_bid=base_usd / 2)
+    disk_usd = gb_usd * disk_gb / 720
+    (offer,) = found(Need(disk_gb=disk_gb), told)
+    assert base_usd + disk_usd - 1e-9 <= offer.price_usd_per_hour <= base_usd + disk_usd + 2.1e-6
+    assert offer.stopped_usd_per_hour is not None
+    assert disk_usd - 1e-9 <= offer.stopped_usd_per_hour <= disk_usd + 1.1e-6
+    (bid,) = found(Need(disk_gb=disk_gb, spot=True), told)
+    assert bid.bid_usd_per_hour is not None
+    assert bid.price_usd_per_hour >= bid.bid_usd_per_hour + disk_usd - 1e-9
+
+
 def test_a_spot_machine_costs_its_bid_and_its_disk(vast: VastCloud, server: Server) -> None:
     """Without a bid it is a little more than the lowest that is taken, to a cent; with one, that; the disk on top."""
     market(server, entry())

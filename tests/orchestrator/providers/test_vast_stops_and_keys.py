@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from orchestrator import onstart
-from orchestrator.errors import ConfigError, LaunchUnknown, NoCapacity, Refused
+from orchestrator.errors import ConfigError, LaunchUnknown, NoCapacity, ProviderDown, Refused
 from orchestrator.providers import vast_order
-from orchestrator.providers.base import GuardOrder, HostKey
+from orchestrator.providers.base import Endpoint, GuardOrder, HostKey
 from orchestrator.providers.vast import VastCloud
 from tests.orchestrator.providers.loopback import HTML, Scripted, Server, Time
 from tests.orchestrator.providers.playing_vast import BAD_KEY, HOST_KEY, ID, complaint
@@ -113,3 +113,28 @@ def test_what_the_cloud_says_of_itself(vast: VastCloud, server: Server, time: Ti
     assert vast.active_s[0] >= 600
     assert "secret_k3y" not in vast.account
     assert "secret_k3y" not in repr(vast)
+
+
+def test_a_way_to_a_disk_is_asked_for_once(vast: VastCloud, server: Server) -> None:
+    """A folder of one instance's disk is asked for; where it can be read is told, or that it cannot be."""
+    server.script = [Scripted(200, {"success": True, "src_addr": "203.0.113.9", "src_port": 2222})]
+    found = vast.gate(ID, "/root/.gpu/runs/x")
+    assert found is not None
+    assert (found.endpoint, found.user, found.module) == (Endpoint("203.0.113.9", 2222), "vastai_kaalia", ID)
+    (asked,) = server.asked
+    sides = {"src_id": ID, "src_path": "/root/.gpu/runs/x", "dst_id": None}
+    assert asked.method == "PUT"
+    assert asked.path.endswith("/commands/rsync/")
+    assert sides.items() <= asked.body.items()
+    server.script = [Scripted(502, HTML)]
+    with pytest.raises(ProviderDown):
+        vast.gate(ID, "/x")
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("where", ["-oProxyCommand=x", "evil.example", "", None, "203.0.113.9\nHost *"])
+def test_a_way_that_leads_nowhere_is_none(vast: VastCloud, server: Server, where: str | None) -> None:
+    """What is no address, and no host of Vast.ai's own, never reaches an ssh_config."""
+    server.usual = lambda _: Scripted(200, {"success": True, "src_addr": where, "src_port": 22})
+    with pytest.raises(ProviderDown, match="no usable way"):
+        vast.gate(ID, "/x")

@@ -1,0 +1,260 @@
+"""Runs side by side on the same examples: paired differences, what flipped, and whether chance explains it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import comparison, durable, metrics, rundir, selection
+from jobs.comparison import Paired
+from jobs.selection import Candidate
+from orchestrator import runs, summary
+from orchestrator.errors import ConfigError, UsageError
+
+_SURE = 0.05
+_LABELS_MAX = 40
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run of a comparison: the score of each example that has one, and what the run was."""
+
+    label: str
+    home: rundir.Home
+    scores: dict[str, float]
+    subjects: dict[str, str | None]
+    rules: dict[str, dict[str, float]]
+    """By rule of the task, the mean score of each example."""
+    about: dict[str, Any]
+    """Of job.json and resolved.json: `job`, `task`, `model` and `identity`, as far as they are there."""
+
+
+def compare(names: Sequence[str], way: str = "mean") -> dict[str, Any]:
+    """Every further run against the first, on the examples that both scored; as `gpu compare --json` prints it.
+
+    `way` is how one number comes of an example's samples: one of `selection.SELECTORS`. P-values are adjusted (Holm)
+    when there is more than one comparison. UsageError for runs that cannot be set side by side.
+    """
+    sides = _sides(names, way)
+    return {"by": way, "runs": [_run(side) for side in sides], "comparisons": _comparisons(sides)}
+
+
+def table(names: Sequence[str], way: str = "mean") -> str:
+    """The scores as CSV: a line for each example that any of the runs has, a column for each run."""
+    sides = _sides(names, way)
+    text = io.StringIO()
+    written = csv.writer(text, lineterminator="\n")
+    written.writerow(["example_id", "subject", *(side.label for side in sides)])
+    for name in dict.fromkeys(name for side in sides for name in side.subjects):
+        subject = next((side.subjects[name] for side in sides if name in side.subjects), None)
+        written.writerow([name, subject or "", *(_cell(side.scores.get(name)) for side in sides)])
+    return text.getvalue()
+
+
+def _cell(score: float | None) -> str:
+    """A score, or nothing where there is none: an error is never a zero."""
+    return "" if score is None else f"{score:.12g}"
+
+
+def _sides(names: Sequence[str], way: str) -> list[Side]:
+    homes = [_home(name) for name in names]
+    if len({home.folder for home in homes}) < len(homes) or len(homes) < 2:
+        raise UsageError("A comparison needs two different runs.", "See the runs: gpu runs --all")
+    labels = _labels(homes)
+    sides = [_side(home, label, selection.SELECTORS[way]) for home, label in zip(homes, labels, strict=True)]
+    first = sides[0]
+    for side in sides:
+        if not side.scores:
+            raise UsageError(f"{side.label} has no scored row to compare.", f"Look at it: gpu report {side.label}")
+        if side.about["task"] != first.about["task"]:
+            raise UsageError(
+                f"{first.label} is of the task {first.about['task']}, {side.label} of {side.about['task']}: "
+                "their scores are no measure of one thing.",
+                "Compare runs of the same task.",
+            )
+    return sides
+
+
+def _home(name: str) -> rundir.Home:
+    """The folder of a run that is named, or of rows that somebody copied here without their record."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "run.json").exists() and (folder / "rows.jsonl").is_file():
+        return rundir.Home(folder.absolute())
+    return runs.find(name).home
+
+
+def _labels(homes: Sequence[rundir.Home]) -> list[str]:
+    """Names of folders; where two are the same, with the folder they lie in."""
+    names = [home.folder.name for home in homes]
+    return [str(home.folder) if names.count(home.folder.name) > 1 else home.folder.name for home in homes]
+
+
+def _side(home: rundir.Home, label: str, pick: Callable[[Sequence[Candidate]], float]) -> Side:
+    try:
+        examples = selection.group(summary.finals(home))
+    except OSError as error:
+        raise ConfigError(f"The rows of {label} cannot be read: {error.strerror or error}.") from None
+    scored = examples.scored()
+    return Side(
+        label=label,
+        home=home,
+        scores={name: pick(candidates) for name, candidates in scored.items()},
+        subjects={name: group.subject for name, group in examples.groups.items()},
+        rules={rule: _by_rule(scored, place) for place, rule in enumerate(examples.rules)},
+        about=_about(home),
+    )
+
+
+def _by_rule(scored: Mapping[str, list[Candidate]], place: int) -> dict[str, float]:
+    found = {}
+    for name, candidates in scored.items():
+        given = [each.scores[place] for each in candidates if place < len(each.scores)]
+        values = [value for value in given if value is not None]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
+
+
+def _about(home: rundir.Home) -> dict[str, Any]:
+    job = durable.load_news(home.job)
+    summed = durable.load_news(home.summary)
+    resolved = summed.get("resolved") or {}
+    model = (job.get("params") or {}).get("model") or summed.get("model")
+    task = job.get("task") or summed.get("task")
+    noise = summed.get("noise") or {}
+    return {"job": job.get("job"), "task": task, "model": model, "identity": resolved.get("identity"), "noise": noise}
+
+
+def _run(side: Side) -> dict[str, Any]:
+    estimate = metrics.estimate(list(side.scores.values()))
+    return {
+        "run": side.label,
+        **{name: side.about[name] for name in ("job", "task", "model")},
+        "n_examples": len(side.subjects),
+        "scored": len(side.scores),
+        "value": estimate.value,
+        "stderr": estimate.stderr,
+        "ci95": [estimate.low, estimate.high],
+    }
+
+
+def _comparisons(sides: Sequence[Side]) -> list[dict[str, Any]]:
+    first, *others = sides
+    found = {side.label: _paired(first, side) for side in others}
+    adjusted = comparison.holm({label: pair.p_value for label, pair in found.items()})
+    return [_compared(first, side, found[side.label], adjusted[side.label]) for side in others]
+
+
+def _paired(first: Side, side: Side) -> Paired:
+    try:
+        return comparison.paired(first.scores, side.scores)
+    except ValueError:
+        raise UsageError(
+            f"{first.label} and {side.label} have no scored example in common: they were asked different things.",
+            "Compare runs over the same dataset; --limit takes its first examples.",
+        ) from None
+
+
+def _compared(first: Side, side: Side, pair: Paired, p_adjusted: float) -> dict[str, Any]:
+    floor = _noise_floor(first, side, pair.n)
+    return {
+        "before": first.label,
+        "after": side.label,
+        **_figures(pair),
+        "left_out": len(first.subjects.keys() | side.subjects.keys()) - pair.n,
+        "p_adjusted": p_adjusted,
+        "noise_floor": floor,
+        "verdict": _verdict(pair, p_adjusted, floor),
+        "gained": list(pair.gained),
+        "lost": list(pair.lost),
+        "differs": _differences(first.about["identity"], side.about["identity"]),
+        "rules": _parts(first.rules, side.rules),
+        "subjects": _parts(_by_subject(first), _by_subject(side)),
+    }
+
+
+def _figures(pair: Paired) -> dict[str, Any]:
+    return {
+        "n": pair.n,
+        "difference": pair.difference,
+        "stderr": pair.stderr,
+        "ci95": [pair.low, pair.high],
+        "p_value": pair.p_value,
+        "test": pair.test,
+    }
+
+
+def _verdict(pair: Paired, p_adjusted: float, floor: float | None) -> str:
+    """`better`, `worse`, or `noise` for a difference that chance, or a second run of the same, explains as well."""
+    if p_adjusted >= _SURE or abs(pair.difference) <= (floor or 0.0):
+        return "noise"
+    return "better" if pair.difference > 0 else "worse"
+
+
+def _noise_floor(first: Side, side: Side, n: int) -> float | None:
+    """The higher of what either run measured when it was asked to; None when neither was."""
+    noises = (each.about["noise"] for each in (first, side))
+    told = [(noise.get("flips"), noise.get("n")) for noise in noises]
+    floors = [comparison.noise_floor(flips, count, n) for flips, count in told if count and flips is not None]
+    return max(floors, default=None)
+
+
+def _parts(before: Mapping[str, dict[str, float]], after: Mapping[str, dict[str, float]]) -> dict[str, Any]:
+    """The same for each rule or subject that both have; not adjusted, as they say where to look, not what is so."""
+    both = [name for name in before if name in after and before[name].keys() & after[name].keys()]
+    return {name: _figures(comparison.paired(before[name], after[name])) for name in both}
+
+
+def _by_subject(side: Side) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, score in side.scores.items():
+        if subject := side.subjects[name]:
+            found.setdefault(subject, {})[name] = score
+    return found
+
+
+def _differences(before: Any, after: Any) -> dict[str, list[Any]] | None:
+    """What of the two measurements was not the same, by name: two values; None when it is not known of both."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return None
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return {name: [before.get(name), after.get(name)] for name in names}
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put a file where its user wants it, whole or not at all. ConfigError when that cannot be."""
+    try:
+        durable.replace_whole(path, data)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.", "Name another file.") from None
+
+
+def chart(document: Mapping[str, Any]) -> bytes:
+    """The runs' scores with their intervals as a PNG picture. ConfigError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError(
+            "Charts need matplotlib, which is not installed here. Nothing was drawn.",
+            "Install it beside gpu: pip install 'gpu[plots]', or pip install matplotlib",
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = document["runs"]
+    values = [100 * entry["value"] for entry in entries]
+    ends = [[100 * abs(entry["value"] - entry["ci95"][end]) for entry in entries] for end in (0, 1)]
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(entries)), layout="constrained")
+    names = [entry["run"][-_LABELS_MAX:] for entry in entries]
+    axes.barh(range(len(names)), values, xerr=ends, capsize=4, color="#4477aa")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{entries[0]['task']}: score in %, with 95 % interval")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    pyplot.close(figure)
+    return image.getvalue()

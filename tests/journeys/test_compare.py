@@ -1,0 +1,139 @@
+"""`gpu compare`: runs side by side from their rows, for people, for scripts, as a table and as a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import durable, rows
+from tests.journeys.hurried import document, gpu
+
+
+def kept(name: str, scores: Sequence[float | None], task: str = "gsm8k", **about: Any) -> Path:
+    """A folder with the rows of a run, one sample for each score; None is a row with an error."""
+    folder = Path(name)
+    folder.mkdir()
+    identity = {"model_digest": name, "temperature": 0.0, **about}
+    durable.save_json(
+        folder / "job.json", {"job": f"eval-{task}", "task": task, "params": {"model": f"model of {name}"}}
+    )
+    durable.save_json(folder / "summary.json", {"resolved": {"identity": identity}})
+    with rows.Appender(folder / "rows.jsonl") as out:
+        for index, score in enumerate(scores):
+            out.append(
+                {
+                    "key": f"{task}/test/e{index}#0",
+                    "error": None if score is not None else "out of memory",
+                    "example_id": f"e{index}",
+                    "sample_index": 0,
+                    "subject": "odd" if index % 2 else "even",
+                    "completion": "so it is",
+                    "score": score,
+                    "scores": {} if score is None else {"numeric": score},
+                }
+            )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPU_HOME", str(tmp_path / "state"))
+
+
+def test_a_clear_difference_is_told_from_noise() -> None:
+    """Twelve of forty flipped one way and none the other: better, with the flips by name; two each way: noise."""
+    kept("old", [0.0] * 40)
+    kept("new", [1.0] * 12 + [0.0] * 28)
+    kept("same", [0.0] * 38 + [1.0] * 2)
+    found = document("compare", "old", "new", "same")
+    new, same = found["comparisons"]
+    assert (new["verdict"], same["verdict"]) == ("better", "noise")
+    assert new["gained"] == [f"e{index}" for index in range(12)]
+    assert new["p_adjusted"] == pytest.approx(2 * new["p_value"])
+    assert new["p_value"] == pytest.approx(2 / 2**12)
+    assert new["subjects"]["odd"]["difference"] == pytest.approx(6 / 20)
+    assert [each["value"] for each in found["runs"]] == pytest.approx([0.0, 0.3, 0.05])
+
+
+def test_an_error_is_left_out_and_not_a_zero() -> None:
+    """An example that one run could not score counts for neither, and that is said."""
+    kept("old", [1.0, 1.0, 0.0])
+    kept("new", [None, 1.0, 0.0])
+    (found,) = document("compare", "old", "new")["comparisons"]
+    assert (found["n"], found["left_out"], found["difference"]) == (2, 1, 0.0)
+    assert "1 examples are left out" in gpu("compare", "old", "new").stdout
+
+
+def test_what_was_not_asked_alike_is_said() -> None:
+    """Another temperature is named; another model is what runs are compared for, and is not."""
+    kept("old", [1.0, 0.0])
+    kept("new", [1.0, 0.0], temperature=0.7)
+    said = gpu("compare", "old", "new").stdout
+    assert "temperature 0.0 and 0.7" in said
+    assert "model_digest" not in said
+
+
+def test_a_difference_below_the_measured_noise_is_noise() -> None:
+    """Where a run measured how many scores flip when nothing changes, less than that is not called better."""
+    kept("old", [0.0] * 40)
+    folder = kept("new", [1.0] * 8 + [0.0] * 32)
+    assert document("compare", "old", "new")["comparisons"][0]["verdict"] == "better"
+    told = json.loads((folder / "summary.json").read_text())
+    durable.save_json(folder / "summary.json", told | {"noise": {"n": 50, "flips": 25}})
+    (found,) = document("compare", "old", "new")["comparisons"]
+    assert (found["verdict"], round(found["noise_floor"], 3)) == ("noise", 0.219)
+
+
+def test_the_scores_are_written_as_a_table() -> None:
+    """One line an example, one column a run, nothing where there is no score."""
+    kept("old", [1.0, None])
+    kept("new", [0.0, 0.5, 1.0])
+    done = gpu("compare", "old", "new", "--csv", "scores.csv", "--by", "first")
+    assert done.returncode == 0, done.stderr
+    with Path("scores.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines == [
+        ["example_id", "subject", "old", "new"],
+        ["e0", "even", "1", "0"],
+        ["e1", "odd", "", "0.5"],
+        ["e2", "even", "", "1"],
+    ]
+
+
+def test_the_scores_are_drawn() -> None:
+    """A PNG file where matplotlib is installed; else what to install, and no file."""
+    kept("old", [1.0, 0.0])
+    kept("new", [0.0, 0.5])
+    done = gpu("compare", "old", "new", "--png", "scores.png")
+    if done.returncode == 0:
+        assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert (done.returncode, Path("scores.png").exists()) == (3, False)
+        assert "pip install" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["old"], 2, "two different runs"),
+        (["old", "./old"], 2, "two different runs"),
+        (["old", "maths"], 2, "no measure of one thing"),
+        (["old", "empty"], 2, "no scored row"),
+        (["old", "nowhere"], 2, "There are no runs yet"),
+        (["old", "new", "--csv", "no/such/folder.csv"], 3, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(words: list[str], code: int, said: str) -> None:
+    """One run, the same twice, other tasks, no scores, no run, no folder: each with its reason."""
+    kept("old", [1.0, 0.0])
+    kept("new", [1.0, 0.0])
+    kept("maths", [1.0, 0.0], task="math")
+    kept("empty", [None])
+    done = gpu("compare", *words)
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
