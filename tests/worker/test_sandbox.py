@@ -187,6 +187,17 @@ def test_the_network_cannot_be_reached(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize(
+    "call", ["socket.socket(socket.AF_INET, socket.SOCK_DGRAM)", "assert ctypes.CDLL(None).unshare(0x10000000) == 0"]
+)
+def test_calls_of_the_kernel_are_refused(kind: str, call: str) -> None:
+    """Not even a socket that is never used can be had, nor a user namespace, in which a program would be root."""
+    outcome = run(kind, f"import ctypes, socket\n{call}")
+    assert not outcome.passed
+    assert "PermissionError" in outcome.output or "AssertionError" in outcome.output
+
+
+@every_kind
 @pytest.mark.parametrize("call", ["os.setuid(0)", "os.kill({parent}, 0)", "os.mkdir('/usr/x')", "os.chroot('/')"])
 def test_a_program_has_no_rights(kind: str, call: str) -> None:
     """It cannot become root, signal who called it, write into the system, or change its root."""
