@@ -17,6 +17,8 @@ _MODULES = {"math": "mathematics"}  # no module of ours bears a name of the stan
 
 NEEDS = {"math": {"math_verify": "math-verify[antlr4-11-0]"}, "prompts": {"jsonschema": "jsonschema"}}
 """What the rules of a task import beyond the standard library, and what to install for it."""
+VERSIONS = {"math": {"antlr4-python3-runtime": "4.11."}}
+"""Versions without which a rule is another one: under 4.13 of this, 10 is 10 %, and under the reference's it is not."""
 RUNS_CODE = ("humaneval",)
 """Tasks that run what the model wrote: scoring again asks whether that is wanted on this computer."""
 
@@ -135,8 +137,19 @@ def get(name: str) -> Task:
 
 def lacking(name: str) -> list[str]:
     """What to install so that every rule of a task can be applied here; empty where all is there."""
-    needs = NEEDS.get(name, {})
-    return [package for module, package in needs.items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in NEEDS.get(name, {}).items() if importlib.util.find_spec(module) is None]
+    versions = {} if missing else VERSIONS.get(name, {})
+    return missing + [f"{package}=={start}*" for package, start in versions.items() if not _has(package, start)]
+
+
+def _has(package: str, start: str) -> bool:
+    """Whether a package is installed in a version that begins like this."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package).startswith(start)
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def require(name: str) -> None:
