@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, shares, times
-from worker import facts, models, plan, resolve, selecting
+from worker import engines, facts, plan, resolve, selecting
 from worker.expectation import Watch
-from worker.generators import Completion, Generator
-from worker.generators.hf import HfGenerator
+from worker.generators import Completion
 from worker.plan import Item
 from worker.progress import Progress
 
@@ -27,8 +27,9 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     todo = {item.key: item for item in prepared.items if not done.get(item.key)}
     progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
     watch = Watch(job["params"]["expect"], run, prepared.items, shares.among(job))
-    with rows.Appender(attempt.rows) as out:
-        for item, completion in completions(prepared, todo, attempt, progress):
+    made = completions(prepared, todo, attempt, progress)
+    with rows.Appender(attempt.rows) as out, contextlib.closing(made):
+        for item, completion in made:
             row = make_row(prepared, item, completion)
             out.append(row)
             progress.rows(out.synced)
@@ -42,29 +43,26 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
 
 def completions(
     prepared: plan.Prepared, todo: dict[str, Item], attempt: rundir.Attempt, progress: Progress
-) -> Iterator[tuple[Item, Completion]]:
-    """What the model says to each item, as it finishes; the model is loaded only when there is something to do."""
+) -> Generator[tuple[Item, Completion]]:
+    """What the model says to each item, as it finishes; the model is loaded only when there is something to do.
+
+    To be closed: that ends what was started for it.
+    """
     if not todo:
         return
     progress.phase("loading the model")
-    generator = engine(prepared)
-    durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
-    progress.phase("generating")
-    prompts = (item.prompt for item in todo.values())
-    for prompt, completion in generator.generate(prompts, prepared.sampling):
-        yield todo[prompt.key], completion
+    with engines.running(prepared, attempt, say) as engine:
+        durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
+        progress.phase("generating")
+        prompts = (item.prompt for item in todo.values())
+        for prompt, completion in engine.generate(prompts, prepared.sampling):
+            yield todo[prompt.key], completion
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says: findings about the prompts and how much would be generated. No model is loaded."""
     with tempfile.TemporaryDirectory() as scratch:
         return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
-
-
-def engine(prepared: plan.Prepared) -> Generator:
-    """The model, loaded by the engine the run uses."""
-    size = prepared.params["batch_size"]
-    return HfGenerator(models.load_model(prepared.request), None if size == "auto" else size, say)
 
 
 def finished(run: rundir.Run) -> dict[str, bool]:
@@ -90,6 +88,7 @@ def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> row
         "finish_reason": completion.finish_reason,
         "tokens_in": completion.tokens_in,
         "tokens_out": completion.tokens_out,
+        **({} if completion.usd is None else {"usd": completion.usd}),
         "target": item.example.target,
         "seed": item.prompt.seed,
         "at": times.now(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rundir, shares, spec
-from worker import builtin, models, prompts, sources, tasks
+from worker import builtin, engines, models, prompts, sources, tasks, unrendered
 from worker.failures import BadRecord, ConfigFailure
 from worker.generators import Prompt, Sampling
 from worker.tasks import Example, Task
@@ -33,6 +33,8 @@ class Prepared:
 
     params: dict[str, Any]
     task: Task
+    engine: str
+    """`hf`, `vllm` or `openai`."""
     request: models.ModelRequest
     renderer: prompts.Renderer
     sampling: Sampling
@@ -50,12 +52,15 @@ def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) ->
 
     Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands in `findings`.
     """
-    return _prepare(job, lambda: builtin.folder(run, say), _known(run), say)
+    known = _known(run)
+    return _prepare(
+        {**job, "engine": engines.choose(job["params"], known)}, lambda: builtin.folder(run, say), known, say
+    )
 
 
 def rehearse(job: dict[str, Any], scratch: Path, say: Callable[[str], None]) -> Prepared:
     """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
-    return _prepare(job, lambda: builtin.outline(scratch), {}, say)
+    return _prepare({**job, "engine": engines.named(job["params"])}, lambda: builtin.outline(scratch), {}, say)
 
 
 def refuse_bad_prompts(prepared: Prepared, say: Callable[[str], None]) -> None:
@@ -90,14 +95,14 @@ def _prepare(
     job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Callable[[str], None]
 ) -> Prepared:
     """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
-    params, task = job["params"], tasks.get(job["task"])
+    params, task, engine = job["params"], tasks.get(job["task"]), job["engine"]
     say("reading the dataset")
     records = sources.load(_source(params, task, params["split"]))
     examples = _examples(task, records)[: job["limit"]]
     _refuse_twins(examples, records.name)
     shots = _shots(params, task)
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
-    renderer = prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
+    renderer = _renderer(engine, request, params)
     example_ids = [example.id for example in examples]
     mine = set(shares.chosen(job, example_ids))
     shown = [example for example in examples if example.id in mine] or examples[:1]
@@ -107,6 +112,7 @@ def _prepare(
     return Prepared(
         params=params,
         task=task,
+        engine=engine,
         request=request,
         renderer=renderer,
         sampling=sampling,
@@ -116,12 +122,29 @@ def _prepare(
             for sample in range(params["samples"])
             if example.id in mine
         ],
-        findings=prompts.check(rendered, renderer, _facts(request, renderer, sampling, params["samples"])),
-        first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
+        findings=_findings(rendered, renderer, request, (sampling, params["samples"])),
+        first_prompt=renderer.shown(rendered[0]),
         dataset_digest=records.digest,
         shots_digest=_digest(shots) if shots else None,
         example_ids=example_ids,
     )
+
+
+def _renderer(engine: str, request: models.ModelRequest, params: dict[str, Any]) -> prompts.Renderer:
+    if engine == "openai":
+        return unrendered.Renderer(params["chat_template"])
+    return prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
+
+
+def _findings(
+    rendered: Sequence[prompts.RenderedPrompt],
+    renderer: prompts.Renderer,
+    request: models.ModelRequest,
+    drawn: tuple[Sampling, int],
+) -> list[prompts.Finding]:
+    if isinstance(renderer, unrendered.Renderer):
+        return renderer.check(rendered, request.model, *drawn)
+    return prompts.check(rendered, renderer, _facts(request, renderer, *drawn))
 
 
 def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
@@ -209,9 +232,9 @@ def _item(
     job: dict[str, Any], example: Example, rendered: prompts.RenderedPrompt, sample: int, renderer: prompts.Renderer
 ) -> Item:
     key = shares.row_key(job, example.id, sample)
-    prompt = Prompt(key=key, token_ids=rendered.token_ids, seed=seed_of(job["params"]["seed"], key))
     messages = [dict(message) for message in rendered.messages]
     asked: dict[str, Any] = {"prompt": renderer.text(messages)} if renderer.plain else {"messages": messages}
+    prompt = Prompt(key, rendered.token_ids, seed_of(job["params"]["seed"], key), asked)
     return Item(key=key, example=example, sample_index=sample, prompt=prompt, asked=asked)
 
 
