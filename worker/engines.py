@@ -150,6 +150,10 @@ def _served(prepared: Prepared, attempt: rundir.Attempt, say: Say) -> Iterator[G
         endpoint = Endpoint(url, key, params.get("request_timeout_s", 600.0))
         return OpenAiGenerator(endpoint, model, _number(params, "batch_size"), prices)
 
+    if importlib.util.find_spec("tenacity") is None:  # a Python of the user's was checked for other engines, too
+        raise ConfigFailure(
+            "engine=openai needs the package tenacity, which this Python lacks.", "pip install tenacity"
+        )
     with contextlib.ExitStack() as stack:
         if url := params.get("base_url"):
             engine = asking(url, os.environ.get(engines.KEY_VARIABLE, "").strip())
