@@ -263,7 +263,7 @@ def vllm_race() -> Iterator[Figure | str]:
         larger_model().save_pretrained(folder)
         loaded = load("float32")
         loaded.tokenizer.save_pretrained(folder)
-        wanted = asked(Workload("", str(GSM8K), RACED_PROBLEMS), loaded)[: RACED_PROBLEMS * 2]
+        wanted = asked(Workload("", str(GSM8K), RACED_PROBLEMS), loaded)
         lines = json.dumps([[prompt.key, prompt.token_ids, prompt.seed] for prompt in wanted])
         words = [python, str(ROOT / "scripts" / "race_vllm.py"), folder]
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", **os.environ}

@@ -27,12 +27,15 @@ def main(folder: str) -> None:
     from transformers import AutoTokenizer
 
     from worker.generators import Prompt, Sampling
+    from worker.generators.texts import Texts
     from worker.generators.vllm import Load, VllmGenerator
     from worker.models import ModelRequest
 
     longest = max(len(ids) for _, ids, _ in wanted) + MAX_NEW_TOKENS
     load = Load(ModelRequest(folder), "float32", longest, BATCH, [])
     on_a_cpu = {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192, "enforce_eager": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = Texts(tokenizer, ENDS, ())
     raw = vllm.LLM(**{**load.arguments(), **on_a_cpu})
     shared = {"temperature": TEMPERATURE, "top_p": TOP_P, "max_tokens": MAX_NEW_TOKENS, "stop_token_ids": sorted(ENDS)}
     told: dict[str, Any] = {"raw_s": [], "ours_s": [], "first_s": [], "version": vllm.__version__}
@@ -44,19 +47,21 @@ def main(folder: str) -> None:
         made = raw.generate(asked, drawn, use_tqdm=False)
         told["raw_s"].append(time.perf_counter() - began_s)
         told["tokens"] = sum(len(one.outputs[0].token_ids) for one in made)
-        return {key: one.outputs[0].text for (key, _, _), one in zip(wanted, made, strict=True)}
+        tokens = [list(one.outputs[0].token_ids) for one in made]  # LLM's own texts drop what is no whole character
+        keys = [key for key, _, _ in wanted]
+        return {key: texts.completion(Prompt(key, (), 0), ids).text for key, ids in zip(keys, tokens, strict=True)}
 
-    with VllmGenerator(load, AutoTokenizer.from_pretrained(folder), ENDS) as ours:
+    with VllmGenerator(load, tokenizer, ENDS) as ours:
 
         def run_ours() -> dict[str, str]:
-            began_s, texts, first_s = time.perf_counter(), {}, 0.0
+            began_s, found, first_s = time.perf_counter(), {}, 0.0
             asked = [Prompt(key, tuple(ids), seed) for key, ids, seed in wanted]
             for prompt, completion in ours.generate(asked, Sampling(TEMPERATURE, TOP_P, MAX_NEW_TOKENS)):
                 first_s = first_s or time.perf_counter() - began_s
-                texts[prompt.key] = completion.text
+                found[prompt.key] = completion.text
             told["ours_s"].append(time.perf_counter() - began_s)
             told["first_s"].append(first_s)
-            return texts
+            return found
 
         for number in range(ROUNDS + 1):
             both = [run() for run in ([run_raw, run_ours] if number % 2 else [run_ours, run_raw])]

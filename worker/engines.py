@@ -17,6 +17,7 @@ from worker.failures import ConfigFailure
 from worker.generators import Generator
 
 if TYPE_CHECKING:
+    from worker.generators.vllm import Load
     from worker.plan import Prepared
 
 Say = Callable[[str], None]
@@ -79,7 +80,8 @@ def running(prepared: Prepared, attempt: rundir.Attempt, say: Say) -> Iterator[G
         from worker.generators.vllm import VllmGenerator
 
         ends = models.end_token_ids(models.load_generation_config(prepared.request), prepared.renderer.tokenizer)
-        with VllmGenerator(_vllm_load(prepared), prepared.renderer.tokenizer, ends) as copies:
+        load = _vllm_load(prepared)
+        with _given_back(load.gpus, say), VllmGenerator(load, prepared.renderer.tokenizer, ends) as copies:
             yield copies
     else:
         from worker.generators.hf import HfGenerator
@@ -116,7 +118,18 @@ def _number(params: dict[str, Any], name: str) -> int | None:
     return None if value == "auto" else int(value)
 
 
-def _vllm_load(prepared: Prepared) -> Any:
+@contextlib.contextmanager
+def _given_back(gpus: list[str], say: Say) -> Iterator[None]:
+    """Wait afterwards until the GPUs hold no more than before, so that what comes next finds room; say if they do."""
+    before = devices.memory_used() if gpus else {}
+    try:
+        yield
+    finally:
+        if still := devices.free_again(gpus, before, list, lambda: None):
+            say(still)
+
+
+def _vllm_load(prepared: Prepared) -> Load:
     from worker.generators.vllm import Load
 
     request = prepared.request

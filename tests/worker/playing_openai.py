@@ -108,7 +108,9 @@ def handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             with contextlib.suppress(OSError):  # whoever asked has gone
                 self.end_headers()
-                self.wfile.write(data)
+                for start in range(0, len(data), size := 1 if script.how.get("drips") else len(data)):
+                    time.sleep(0.02 if script.how.get("drips") else 0)
+                    self.wfile.write(data[start : start + size])
 
     return Handler
 

@@ -13,6 +13,7 @@ from tests.worker import evaluating, machine
 from worker import engines as chosen
 from worker import models, processes
 from worker.failures import ConfigFailure
+from worker.generators.vllm import Load
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,24 @@ def test_vllm_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ConfigFailure, match="not installed") as failure:
             chosen.choose(params, known)
         assert "engine=hf" in failure.value.hint
+
+
+def test_gpus_are_divided_among_copies() -> None:
+    """Each copy has GPUs of its own, as many as one is spread over; more than there are is refused."""
+
+    def groups(gpus: str, size: int, copies: int | None = None) -> list[str]:
+        load = Load(models.ModelRequest("m"), "bfloat16", 100, None, list(gpus), size, copies)
+        return ["".join(group) for group in load.groups()]
+
+    assert groups("0123", 1) == ["0", "1", "2", "3"]
+    assert groups("0123", 2) == ["01", "23"]
+    assert groups("01234", 2) == ["01", "23"]
+    assert groups("0123", 1, 2) == ["0", "1"]
+    assert groups("", 1) == [""]
+    assert groups("", 1, 2) == ["", ""]
+    for gpus, size, copies in (("0", 2, None), ("01", 1, 3), ("012", 2, 2)):
+        with pytest.raises(ConfigFailure, match=f"the run has {len(gpus)}"):
+            groups(gpus, size, copies)
 
 
 def test_a_job_gets_the_environment_and_the_key_that_its_engine_needs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,13 @@ def test_a_slow_answer_is_given_up() -> None:
     assert len(script.requests) == openai.TRIES
 
 
+def test_an_answer_that_drips_is_given_up() -> None:
+    """The time limit is for a whole answer: one that comes byte by byte is given up, too."""
+    with playing(drips=True) as (url, script), pytest.raises(EngineDied, match="timed out"):
+        ask(url, prompts(1), timeout_s=0.1)
+    assert len(script.requests) == openai.TRIES
+
+
 @pytest.mark.parametrize(("fault", "said"), [("refuses", "HTTP 400: no 3 here"), ("filters", "content filter")])
 def test_what_the_server_refuses_is_an_error_of_that_row(fault: str, said: str) -> None:
     """A request refused for what is in it, and an answer withheld, are errors with the reason, never answers."""
@@ -173,13 +181,15 @@ def test_the_limit_is_sent_under_its_newer_name_where_the_older_is_refused() -> 
 
 def test_what_is_under_way_is_broken_off_at_the_end() -> None:
     """Ended in the middle, the engine does not wait for answers that are still to come."""
-    with playing(slow_s=3.0) as (url, script):
+    began = time.monotonic()
+    with playing(slow_s=60.0) as (url, script):
         engine = openai.OpenAiGenerator(Endpoint(url, KEY, 60.0), MODEL, 4, openai.Prices(None, None))
         engine.watch = lambda: _stop_once(script)
         with pytest.raises(WorkerFailure, match="stop here"):
             list(engine.generate(prompts(8), SAMPLING))
         engine.end()
         assert len(script.requests) == 4
+    assert time.monotonic() - began < 30
 
 
 def _stop_once(script: Script) -> None:

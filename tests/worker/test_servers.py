@@ -186,6 +186,18 @@ def test_a_server_does_not_outlive_a_killed_worker(tmp_path: Path, victims: list
     assert len(evaluating.made(run)) == 40
 
 
+def test_a_stopped_run_ends_its_server(tmp_path: Path) -> None:
+    """A stop breaks off what is under way, keeps the rows and ends the server by itself, well within its grace."""
+    run = served(tmp_path, slow_s=0.5)
+    evaluating.start(run)
+    until(lambda: len(evaluating.made(run)) >= 2)
+    machine.ask(run, "stop", "20")
+    seal = machine.ended(run)
+    assert (seal.reason, seal.signal) == ("stopped", None)
+    assert 2 <= len(evaluating.made(run)) < 40
+    assert not processes.marked(str(machine.there(run).folder))
+
+
 def mark_of(pid: int, words: list[str]) -> str:
     """The run's folder where that process is a server of ours; empty elsewhere."""
     if not any(word.endswith("playing_openai.py") for word in words):
