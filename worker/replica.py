@@ -49,10 +49,14 @@ class Copy:
 
     def __init__(self, hello: Mapping[str, Any]) -> None:
         import vllm
+        from vllm.usage.usage_lib import UsageContext
 
         adapter = _local(hello["adapter"]) if hello["adapter"] else None
         arguments = {**hello["arguments"], **_lora_arguments(adapter), **_arguments_of_a_cpu(hello["arguments"])}
-        self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        offline = (
+            UsageContext.LLM_CLASS
+        )  # the sizes vLLM chooses for its own offline loop: 1024 rows at once on an H100
+        self._engine: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments), usage_context=offline)
         self.takes = AHEAD * self._engine.vllm_config.scheduler_config.max_num_seqs
         self._lora = _adopted(self._engine, adapter) if adapter else None
         self._sampling: Frame = {}

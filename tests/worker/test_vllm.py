@@ -114,3 +114,24 @@ def test_a_killed_engine_fails_the_run_and_a_resume_makes_the_rest(model: Path, 
 
 def marked(pid: int) -> bool:
     return f"\0{MARK}=".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+
+
+def test_what_vllm_cannot_load_is_said(model: Path, questions: Path, tmp_path: Path) -> None:
+    """An adapter that vLLM has no room for ends the run with the reason, and is not tried again."""
+    adapter = evaluating.save_adapter(model, tmp_path / "adapter", tmp_path / "merged")
+    config = durable.load_json(adapter / "adapter_config.json")
+    durable.save_json(adapter / "adapter_config.json", {**config, "r": 600})
+    run = evaluating.make(model, questions, engine="vllm", adapter=adapter)
+    seal = evaluating.finish(run)
+    assert (seal.reason, seal.kind, seal.attempt) == ("failed", "config", 1)
+    assert "up to rank 512; this one has 600" in seal.message
+
+
+def test_an_engine_that_dies_by_itself_is_said(questions: Path, tmp_path: Path) -> None:
+    """vLLM that fails at its first step, for heads it has no kernel for, ends the run; nothing of it is left."""
+    run = evaluating.make(evaluating.save_model(tmp_path / "odd", hidden_size=96), questions, engine="vllm")
+    seal = evaluating.finish(run)
+    assert (seal.reason, seal.kind, seal.attempt) == ("failed", "engine", 1)
+    assert "EngineDeadError" in seal.message
+    assert "head_dim=24" in machine.log(run)
+    assert not processes.marked(str(machine.there(run).folder))
