@@ -217,6 +217,16 @@ def test_a_completion_is_cut_before_the_first_stop_string() -> None:
             assert got.tokens_out < whole[prompt.key].tokens_out or text.endswith(stop)
 
 
+def test_the_token_that_ends_a_text_is_not_in_it() -> None:
+    """An end token is counted and not shown, also one that is an ordinary word of the tokenizer."""
+    words, prompt = tokenizer(), Prompt("k", (5, 6, 7), 0)
+    ids = words("ab!")["input_ids"]
+    ended = Texts(words, frozenset(ids[-1:]), ()).completion(prompt, ids)
+    assert (ended.text, ended.finish_reason, ended.tokens_in, ended.tokens_out) == ("ab", "stop", 3, 3)
+    cut = Texts(words, frozenset(), ()).completion(prompt, ids)
+    assert (cut.text, cut.finish_reason) == ("ab!", "length")
+
+
 def test_of_two_stop_strings_the_first_in_the_text_counts() -> None:
     """When one token completes two of them, the text ends before the one that begins earlier."""
     words = tokenizer()
