@@ -41,6 +41,7 @@ def _counts(row: rows.Row) -> bool:
         and isinstance(row.get("score"), int | float | None)
         and isinstance(row.get("completion"), str | None)
         and isinstance(row.get("subject"), str | None)
+        and isinstance(row.get("level"), str | None)
         and isinstance(row.get("scores", {}), dict | None)
         and all(isinstance(score, int | float | None) for score in (row.get("scores") or {}).values())
     )
@@ -93,7 +94,7 @@ def conflicts(run: Run) -> list[str]:
     found: list[str] = []
     for row in itertools.chain.from_iterable(map(_made_by, copies)):
         if row.get("error") is None and _counts(row):
-            answer = hash((row.get("completion"), repr(row.get("score"))))
+            answer = hash((row.get("completion"), repr(row.get("prediction")), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
                 found.append(str(row["key"]))
     return sorted(set(found))[:_CONFLICTS_MAX]

@@ -20,7 +20,7 @@ import torch
 import transformers
 from figures import Figure, show
 
-from worker import models, plan, prompts, sources, tasks, tiny
+from worker import asking, models, prompts, sources, tasks, tiny
 from worker.generators import Completion, Prompt, Sampling, hf
 from worker.generators.hf import HfGenerator
 
@@ -141,7 +141,7 @@ def asked(workload: Workload, loaded: models.LoadedModel) -> list[Prompt]:
     for example in examples:
         ids = renderer.ids(task.messages(example, ()))
         keys = [f"gsm8k/test/{example.id}#{sample}" for sample in range(SAMPLES)]
-        found += [Prompt(key, ids, plan.seed_of(0, key)) for key in keys]
+        found += [Prompt(key, ids, asking.seed_of(0, key)) for key in keys]
     return found
 
 

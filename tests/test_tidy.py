@@ -20,6 +20,7 @@ PARAMETERS_MAX = 5
 BROAD_EXCEPTS = {
     "orchestrator/cli/__init__.py": "the outermost frame of the command line",
     "orchestrator/preflight/rendering.py": "a model's chat template",
+    "worker/confinement.py": "forked children, which may not go back into the code that called",
     "worker/hub_store.py": "the Hub's client, which raises a dozen kinds",
     "worker/replica.py": "vLLM, whose many parts raise anything",
     "worker/reranker.py": "the user's re-ranker",

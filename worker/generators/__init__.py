@@ -1,4 +1,4 @@
-"""What every engine provides: prompts in, (prompt, completion) out as each finishes, in any order."""
+"""What every engine provides: prompts or queries in, each with its answer out as it finishes, in any order."""
 
 from __future__ import annotations
 
@@ -53,4 +53,35 @@ class Generator(Protocol):
 
     def generate(self, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[tuple[Prompt, Completion]]:
         """Each prompt's completion once, as soon as it is finished, in any order; batches as the engine likes."""
+        ...
+
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is to be weighed for one row: its key, and pairs of context and continuation, as token ids.
+
+    No part is empty, and a pair is at most one token longer than the model's context: its last token is never read.
+    Pairs with an equal context best hold the same object.
+    """
+
+    key: str
+    pairs: tuple[tuple[Ids, Ids], ...]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What an engine found for a query: of each pair the log-likelihood of the continuation, or why there is none."""
+
+    logliks: tuple[float, ...]
+    error: str | None = None
+
+
+class Weigher(Protocol):
+    """An engine with a model loaded that tells how likely texts are."""
+
+    def weigh(self, queries: Iterable[Query]) -> Iterator[tuple[Query, Likelihood]]:
+        """Each query's likelihoods once, as soon as they are known, in any order; batches as the engine likes."""
         ...

@@ -70,7 +70,7 @@ class HfGenerator:
             if trouble is None:
                 continue
             waiting = flight.drop()
-            _free_memory()
+            free_memory()
             if self.batch_size > 1:
                 self._note(f"Out of memory with a batch of {self.batch_size}; going on with half of it.")
                 self.batch_size //= 2
@@ -291,13 +291,19 @@ def _attempt(flight: Flight, queue: Queue, size: int) -> str | None:
     try:
         flight.advance(queue, size)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-        return str(error).strip().split("\n")[0]
+        return out_of_memory(error)
     return None
 
 
-def _free_memory() -> None:
+def out_of_memory(error: RuntimeError) -> str:
+    """What was said when memory ran out; any other error is raised again."""
+    if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        raise error
+    return str(error).strip().split("\n")[0]
+
+
+def free_memory() -> None:
+    """Gives back what no tensor holds any more."""
     import torch
 
     gc.collect()
