@@ -18,7 +18,7 @@ _SAFE = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9]{4}")
 _FOLDER = re.compile(r"model|adapter|checkpoint-[0-9]{1,9}")
 
-GROWING = ("rows.jsonl", "selections.jsonl", "log.txt")
+GROWING = ("rows.jsonl", "selections.jsonl", "log.txt", "server.log")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
 WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
@@ -161,6 +161,7 @@ class Attempt:
         self.rows = folder / "rows.jsonl"  # worker, made new, appended
         self.selections = folder / "selections.jsonl"  # worker, made new, appended
         self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
+        self.server_log = folder / "server.log"  # what a model server said that was started for the run
         self.progress = folder / "progress.json"  # worker, replaced: phase, rows written and synced
         self.failure = folder / "failure.json"  # worker, once: why it gave up on purpose
         self.pids = folder / "pids.json"  # supervisor, once: whom a stop may signal

@@ -59,6 +59,10 @@ def main(words: list[str]) -> int:
         from worker import reranker
 
         return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "replica":
+        from worker import replica
+
+        return replica.serve(sys.stdin.buffer, sys.stdout.buffer)
     if verb == "grade":
         from worker import grading
 

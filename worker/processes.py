@@ -117,15 +117,25 @@ def owners() -> dict[int, int]:
     return found
 
 
-def marked(folder: str) -> list[int]:
-    """Processes of this user, other than the caller, that inherited the mark of a run; Linux only, empty elsewhere."""
-    mark = os.fsencode(f"{RUN_MARK}={folder}")
+def marked(value: str, variable: str = RUN_MARK) -> list[int]:
+    """Processes of this user, other than the caller, that inherited a mark, of a run (its folder) or another; none is
+    a zombie. Linux only, empty elsewhere.
+    """
+    mark = os.fsencode(f"{variable}={value}")
     found = []
     for pid in _pids():
         with contextlib.suppress(OSError):
             if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(pid)
     return found
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its return code as subprocess tells it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed by {name} ({signal.strsignal(-code) or 'no name'})"
 
 
 def commands() -> dict[int, list[str]]:

@@ -91,6 +91,10 @@ class Renderer:
         """The example's messages with their token ids."""
         return RenderedPrompt(example_id, messages, self.ids(messages))
 
+    def shown(self, prompt: RenderedPrompt) -> str:
+        """The prompt as the model sees it, for people."""
+        return first_prompt_shown(prompt, self.tokenizer)
+
     def _apply(self, messages: Messages, add_generation_prompt: bool, tokenize: bool) -> Any:
         if self.template is None:
             finding = _no_chat_template()

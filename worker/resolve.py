@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from jobs import durable, rundir, spec
-from worker import models
+from worker import engines
 from worker.failures import FingerprintChanged
 from worker.plan import Prepared
 
@@ -44,7 +44,7 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
     return {
         "fingerprint": hashlib.sha256(spec.canonical(identity)).hexdigest(),
         "identity": identity,
-        "device": str(models.choose_device(prepared.request.device)),
+        "device": engines.device(prepared.engine, prepared.request),
         "model": prepared.params["model"],
         "first_prompt": prepared.asked.first_prompt,
         "warnings": warnings,
@@ -55,18 +55,13 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
     """Everything that changes what a key's row says. Batch size, paths, device and the number of samples do not."""
-    request = prepared.request
-    device = models.choose_device(request.device)
     return {
         "task": prepared.task.NAME,
         "task_version": prepared.task.VERSION,
-        "model_digest": models.digest(request.model, request.revision),
-        "adapter_digest": models.digest(request.adapter, None) if request.adapter else None,
+        **engines.identity(prepared.engine, prepared.request),
         "template_digest": prepared.renderer.template_digest,
         "dataset_digest": prepared.dataset_digest,
         "shots_digest": prepared.shots_digest,
-        "engine": "hf",
-        "dtype": str(models.choose_dtype(request.dtype, device)).removeprefix("torch."),
         **_settings(prepared),
     }
 

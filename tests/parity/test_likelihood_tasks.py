@@ -17,7 +17,7 @@ import pytest
 from jobs import perplexities, rows, spec
 from tests.conftest import DATA
 from tests.parity import likelihoods
-from worker import evaluate, plan, problems
+from worker import engines, evaluate, plan, problems
 from worker.tasks import perplexity
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -36,11 +36,11 @@ def ours(job: str, model: Path, batch_size: int = 7, **settings: Any) -> list[ro
     request = {"job": job, "story": "evaluate", "task": definition.task, "params": params, "limit": None}
     prepared = plan.rehearse(request, model, lambda _: None)
     items = {item.key: item for item in prepared.items}
-    ask = evaluate.engine(prepared)
-    made = {
-        prompt.key: evaluate.make_row(prepared, items[prompt.key], answer)
-        for prompt, answer in ask(item.prompt for item in prepared.items)
-    }
+    with engines.running(prepared, model / "server.log", print) as ask:
+        made = {
+            prompt.key: evaluate.make_row(prepared, items[prompt.key], answer)
+            for prompt, answer in ask(item.prompt for item in prepared.items)
+        }
     return [made[key] for key in items]
 
 

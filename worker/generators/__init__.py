@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,28 @@ class Prompt:
     key: str
     token_ids: tuple[int, ...]
     seed: int
+    asked: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The same as its row has it, `messages` or `prompt`, for a server that makes tokens of it itself."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine got for a prompt. `finish_reason` is `stop`, `length`, or `error`, with `error` saying why."""
+    """What an engine got for a prompt. `finish_reason` is `stop`, `length`, or `error`, with `error` saying why.
+
+    Tokens are None, and so is `usd`, where nobody counted them.
+    """
 
     text: str
     finish_reason: str
-    tokens_in: int
-    tokens_out: int
+    tokens_in: int | None
+    tokens_out: int | None
     error: str | None = None
+    usd: float | None = None
+
+
+def failed(prompt: Prompt, why: str, tokens_out: int = 0) -> Completion:
+    """A completion with no text that says why there is none."""
+    return Completion("", "error", len(prompt.token_ids), tokens_out, why)
 
 
 class Generator(Protocol):
