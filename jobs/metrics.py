@@ -54,6 +54,19 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, stderr, low, high, n)
 
 
+def estimate_of_any(values: Sequence[float]) -> Estimate:
+    """The mean of per-example values of any size, with Student's interval; ValueError without any."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to estimate a mean from")
+    mean = fsum(values) / n
+    if n == 1:
+        return Estimate(mean, None, None, None, n)
+    stderr = sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    half = student_t_95(n - 1) * stderr
+    return Estimate(mean, stderr, mean - half, mean + half, n)
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval (1927) for a share of n."""
     spread = Z_95**2 / n
