@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import comb, fsum, sqrt
+from math import comb, fsum, inf, sqrt
 
 from jobs.metrics import Z_95
 
@@ -39,10 +39,10 @@ class Paired:
 
 
 def paired(before: Mapping[str, float], after: Mapping[str, float]) -> Paired:
-    """Compare scores by example; ValueError when no example has both.
+    """Compare scores, or any other numbers, by example; ValueError when no example has both.
 
-    The interval is Student's of the paired differences in its normal form, with their sample standard deviation (n - 1)
-    over sqrt(n); the p-value belongs to the null hypothesis that neither run is better on these examples.
+    The interval is the normal one of the paired differences, with their sample standard deviation (n - 1) over sqrt(n);
+    the p-value belongs to the null hypothesis that neither run is better on these examples.
     """
     names = [name for name in before if name in after]
     if not names:
@@ -54,15 +54,16 @@ def paired(before: Mapping[str, float], after: Mapping[str, float]) -> Paired:
     half = None if stderr is None else Z_95 * stderr
     gained = tuple(name for name in names if differences[name] > 0)
     lost = tuple(name for name in names if differences[name] < 0)
-    is_binary = all(score[name] in (0.0, 1.0) for score in (before, after) for name in names)
+    values = {score[name] for score in (before, after) for name in names}
+    is_binary, edge = values <= {0.0, 1.0}, 1.0 if min(values) >= 0 and max(values) <= 1 else inf
     return Paired(
         n=n,
         before=fsum(before[name] for name in names) / n,
         after=fsum(after[name] for name in names) / n,
         difference=mean,
         stderr=stderr,
-        low=None if half is None else max(-1.0, mean - half),
-        high=None if half is None else min(1.0, mean + half),
+        low=None if half is None else max(-edge, mean - half),
+        high=None if half is None else min(edge, mean + half),
         p_value=mcnemar(len(gained), len(lost)) if is_binary else sign_flip(list(differences.values())),
         test="mcnemar" if is_binary else "sign-flip",
         gained=gained,

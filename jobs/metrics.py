@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import fsum, sqrt
 from typing import Any
 
-from jobs import selection
+from jobs import perplexities, selection
 from jobs.selection import Candidate, Examples
 
 Z_95 = 1.959963984540054
@@ -52,6 +52,19 @@ def estimate(values: Sequence[float]) -> Estimate:
         half = student_t_95(n - 1) * (stderr or 0.0)
         low, high = max(0.0, mean - half), min(1.0, mean + half)
     return Estimate(mean, stderr, low, high, n)
+
+
+def estimate_of_any(values: Sequence[float]) -> Estimate:
+    """The mean of per-example values of any size, with Student's interval; ValueError without any."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("no values to estimate a mean from")
+    mean = fsum(values) / n
+    if n == 1:
+        return Estimate(mean, None, None, None, n)
+    stderr = sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    half = student_t_95(n - 1) * stderr
+    return Estimate(mean, stderr, mean - half, mean + half, n)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -129,20 +142,28 @@ def summarise(
     `rows` is read once and its texts are not kept. `selections`: example id → its line of selections.jsonl. Rules
     that are not named are taken from the rows. An example of which nothing was scored is counted in
     `unscored_examples` and left out of every mean: an error is never a zero. An entry over no examples holds nulls.
+    Of texts that were read the metrics are perplexities; they leave nothing to select.
     """
     examples = selection.group(rows, rules)
     scored = examples.scored()
     candidates = [each for group in examples.groups.values() for each in group.candidates.values()]
-    with_score = sum(candidate.score is not None for candidate in candidates)
+    whole = sum(candidate.is_whole for candidate in candidates)
+    readings = [candidate.reading for candidate in candidates if candidate.reading is not None]
     picks = _picks(scored, selections or {})
     return {
         "n_examples": len(examples.groups),
         "n_rows": len(candidates),
-        "scored": with_score,
-        "unscored": len(candidates) - with_score,
-        "unscored_examples": len(examples.groups) - len(scored),
-        "metrics": {**_metrics(examples, scored), **_gaps(scored, picks)},
-        "selection": {
+        "scored": whole,
+        "unscored": len(candidates) - whole,
+        "unscored_examples": sum(not group.has_whole() for group in examples.groups.values()),
+        "metrics": {
+            **_metrics(examples, scored),
+            **_gaps(scored, picks),
+            **perplexities.entries(readings, student_t_95),
+        },
+        "selection": {}
+        if readings and not scored
+        else {
             **{name: _entry([pick(each) for each in scored.values()]) for name, pick in selection.SELECTORS.items()},
             **{name: _entry(list(picked.values())) for name, picked in picks.items()},
         },
@@ -150,9 +171,10 @@ def summarise(
 
 
 def _metrics(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
-    """Accuracy by each rule, pass@k, shares of cut-off and of answerless completions, and accuracy by subject."""
+    """Accuracy by each rule, pass@k, shares of cut-off and answerless completions, accuracy by subject and level."""
     found = {rule: _entry(_means(examples, _by_rule(place))) for place, rule in enumerate(examples.rules)}
-    samples = max(map(len, scored.values()), default=0)
+    generated = any(each.generated for group in examples.groups.values() for each in group.candidates.values())
+    samples = max(map(len, scored.values()), default=0) if generated else 0
     for k in selection.PASS_AT:
         if k <= samples:
             chances = [selection.pass_at(candidates, k) for candidates in scored.values()]
@@ -161,16 +183,37 @@ def _metrics(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[
         values = _means(examples, share)
         if values:  # tasks that compare likelihoods generate nothing
             found[name] = _entry(values)
-    return found | _by_subject(examples, scored)
+    return found | _by_kind(examples, scored)
 
 
-def _by_subject(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
-    subjects: dict[str, list[float]] = defaultdict(list)
+def _by_kind(examples: Examples, scored: Mapping[str, list[Candidate]]) -> dict[str, _Entry]:
+    """Accuracy by level and by subject; over all with a subject, `micro` counts examples alike, `macro` subjects."""
+    kinds: dict[str, dict[str, list[float]]] = {"level": defaultdict(list), "subject": defaultdict(list)}
     for example_id, candidates in scored.items():
-        subject = examples.groups[example_id].subject
-        if subject is not None:
-            subjects[subject].append(selection.mean(candidates))
-    return {f"subject/{name}": _entry(subjects[name]) for name in sorted(subjects)}
+        group = examples.groups[example_id]
+        for kind, name in (("subject", group.subject), ("level", group.level)):
+            if name is not None:
+                kinds[kind][name].append(selection.mean(candidates))
+    subjects = kinds["subject"]
+    averages = {}
+    if len(subjects) > 1:
+        averages = {
+            "micro": _entry([value for values in subjects.values() for value in values]),
+            "macro": _as_entry(_macro([estimate(values) for values in subjects.values()])),
+        }
+    named = {f"{kind}/{name}": _entry(found[name]) for kind, found in kinds.items() for name in sorted(found)}
+    return averages | named
+
+
+def _macro(found: Sequence[Estimate]) -> Estimate:
+    """The mean of the subjects' means; no standard error where a subject has too few examples for one."""
+    value = fsum(each.value for each in found) / len(found)
+    n = sum(each.n for each in found)
+    errors = [each.stderr for each in found if each.stderr is not None]
+    if len(errors) < len(found):
+        return Estimate(value, None, None, None, n)
+    stderr = sqrt(fsum(error**2 for error in errors)) / len(found)
+    return Estimate(value, stderr, max(0.0, value - Z_95 * stderr), min(1.0, value + Z_95 * stderr), n)
 
 
 def _picks(

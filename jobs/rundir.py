@@ -19,7 +19,7 @@ _ATTEMPT = re.compile(r"[0-9]{4}")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})(?:\.([0-9]{1,6}))?")
 _FOLDER = re.compile(rf"model|adapter|{_CHECKPOINT.pattern}")
 
-GROWING = ("rows.jsonl", "selections.jsonl", "steps.jsonl", "log.txt")
+GROWING = ("rows.jsonl", "selections.jsonl", "steps.jsonl", "log.txt", "server.log")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
 WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
@@ -199,6 +199,7 @@ class Attempt:
         self.selections = folder / "selections.jsonl"  # worker, made new, appended
         self.steps = folder / "steps.jsonl"  # worker, made new, appended: a line for each step of a training
         self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
+        self.server_log = folder / "server.log"  # what a model server said that was started for the run
         self.progress = folder / "progress.json"  # worker, replaced: phase, rows written and synced
         self.failure = folder / "failure.json"  # worker, once: why it gave up on purpose
         self.pids = folder / "pids.json"  # supervisor, once: whom a stop may signal

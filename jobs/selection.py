@@ -9,6 +9,9 @@ from functools import lru_cache
 from math import comb
 from typing import Any, NamedTuple
 
+from jobs import perplexities
+from jobs.perplexities import Reading
+
 PASS_AT = tuple(digit * 10**zeros for zeros in range(5) for digit in (1, 2, 5))
 """The k of pass@k that are reported, as far as an example has that many samples."""
 
@@ -24,14 +27,26 @@ class Candidate(NamedTuple):
     finish_reason: str | None = None
     generated: bool = False
     failed: bool = False
+    reading: Reading | None = None
+    """Of a text that was read: it has a likelihood in place of a score."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is what the row is to have: a score, or a likelihood."""
+        return self.score is not None or self.reading is not None
 
 
 @dataclass
 class Group:
-    """One example's candidates by sample index, and the subject it is counted under."""
+    """One example's candidates by sample index, and the subject and level it is counted under."""
 
     subject: str | None = None
+    level: str | None = None
     candidates: dict[int, Candidate] = field(default_factory=dict)
+
+    def has_whole(self) -> bool:
+        """Whether any candidate has what it is to have."""
+        return any(candidate.is_whole for candidate in self.candidates.values())
 
     def scored(self) -> list[Candidate]:
         """The candidates that have a score, lowest sample index first."""
@@ -49,7 +64,7 @@ class Examples:
         """Count a row in. Of a sample's rows the first without error is final; a row with an error has no score."""
         group = self.groups.get(row["example_id"])
         if group is None:
-            group = self.groups[row["example_id"]] = Group(row.get("subject"))
+            group = self.groups[row["example_id"]] = Group(row.get("subject"), row.get("level"))
         known = group.candidates.get(row["sample_index"])
         failed = row.get("error") is not None
         if known is not None and (failed or not known.failed):
@@ -64,6 +79,7 @@ class Examples:
             finish_reason=row.get("finish_reason"),
             generated=not failed and row.get("completion") is not None,
             failed=failed,
+            reading=perplexities.reading(row),
         )
 
     def scored(self) -> dict[str, list[Candidate]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from jobs import durable, locks
 from orchestrator.errors import ConfigError
 
-_SUFFIXES = (".py", ".toml", ".txt")
+_SUFFIXES = (".py", ".toml", ".txt", ".jsonl")
 _PACKAGES = ("jobs", "worker")
 INSTALLED = Path(__file__).resolve().parent.parent
 """The folder that holds this package and the two it sends. A user's own `worker` on the import path is not ours."""

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class Side:
 
     label: str
     home: rundir.Home
+    measure: str
+    """What its numbers are: `score`, or `bits_per_byte` of texts that were read, where less is better."""
     scores: dict[str, float]
     subjects: dict[str, str | None]
     rules: dict[str, dict[str, float]]
@@ -70,7 +73,7 @@ def _sides(names: Sequence[str], way: str) -> list[Side]:
     for side in sides:
         if not side.scores:
             raise UsageError(f"{side.label} has no scored row to compare.", f"Look at it: gpu report {side.label}")
-        if side.about["task"] != first.about["task"]:
+        if (side.about["task"], side.measure) != (first.about["task"], first.measure):
             raise UsageError(
                 f"{first.label} is of the task {first.about['task']}, {side.label} of {side.about['task']}: "
                 "their scores are no measure of one thing.",
@@ -98,15 +101,26 @@ def _side(home: rundir.Home, label: str, pick: Callable[[Sequence[Candidate]], f
         examples = selection.group(summary.finals(home))
     except OSError as error:
         raise ConfigError(f"The rows of {label} cannot be read: {error.strerror or error}.") from None
-    scored = examples.scored()
+    scored, read = examples.scored(), _bits(examples)
     return Side(
         label=label,
         home=home,
-        scores={name: pick(candidates) for name, candidates in scored.items()},
+        measure="bits_per_byte" if read else "score",
+        scores=read or {name: pick(candidates) for name, candidates in scored.items()},
         subjects={name: group.subject for name, group in examples.groups.items()},
         rules={rule: _by_rule(scored, place) for place, rule in enumerate(examples.rules)},
         about=_about(home),
     )
+
+
+def _bits(examples: selection.Examples) -> dict[str, float]:
+    """Of texts that were read, the bits that each byte of a text takes, by example."""
+    return {
+        name: -each.reading.loglik / log(2) / each.reading.bytes
+        for name, group in examples.groups.items()
+        for each in group.candidates.values()
+        if each.reading is not None
+    }
 
 
 def _by_rule(scored: Mapping[str, list[Candidate]], place: int) -> dict[str, float]:
@@ -130,9 +144,10 @@ def _about(home: rundir.Home) -> dict[str, Any]:
 
 
 def _run(side: Side) -> dict[str, Any]:
-    estimate = metrics.estimate(list(side.scores.values()))
+    estimate = (metrics.estimate if side.measure == "score" else metrics.estimate_of_any)(list(side.scores.values()))
     return {
         "run": side.label,
+        "measure": side.measure,
         **{name: side.about[name] for name in ("job", "task", "model")},
         "n_examples": len(side.subjects),
         "scored": len(side.scores),
@@ -168,7 +183,7 @@ def _compared(first: Side, side: Side, pair: Paired, p_adjusted: float) -> dict[
         "left_out": len(first.subjects.keys() | side.subjects.keys()) - pair.n,
         "p_adjusted": p_adjusted,
         "noise_floor": floor,
-        "verdict": _verdict(pair, p_adjusted, floor),
+        "verdict": _verdict(pair, p_adjusted, floor, sign=1 if first.measure == "score" else -1),
         "gained": list(pair.gained),
         "lost": list(pair.lost),
         "differs": _differences(first.about["identity"], side.about["identity"]),
@@ -188,11 +203,14 @@ def _figures(pair: Paired) -> dict[str, Any]:
     }
 
 
-def _verdict(pair: Paired, p_adjusted: float, floor: float | None) -> str:
-    """`better`, `worse`, or `noise` for a difference that chance, or a second run of the same, explains as well."""
+def _verdict(pair: Paired, p_adjusted: float, floor: float | None, sign: int) -> str:
+    """`better`, `worse`, or `noise` for a difference that chance, or a second run of the same, explains as well.
+
+    `sign`: 1 where more is better, -1 where less is.
+    """
     if p_adjusted >= _SURE or abs(pair.difference) <= (floor or 0.0):
         return "noise"
-    return "better" if pair.difference > 0 else "worse"
+    return "better" if pair.difference * sign > 0 else "worse"
 
 
 def _noise_floor(first: Side, side: Side, n: int) -> float | None:
@@ -246,15 +264,23 @@ def chart(document: Mapping[str, Any]) -> bytes:
     from matplotlib import pyplot
 
     entries = document["runs"]
-    values = [100 * entry["value"] for entry in entries]
-    ends = [[100 * abs(entry["value"] - entry["ci95"][end]) for entry in entries] for end in (0, 1)]
+    is_share = entries[0]["measure"] == "score"
+    times = 100 if is_share else 1
+    values = [times * entry["value"] for entry in entries]
+    ends = [[times * abs(entry["value"] - _end(entry, end)) for entry in entries] for end in (0, 1)]
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(entries)), layout="constrained")
     names = [entry["run"][-_LABELS_MAX:] for entry in entries]
     axes.barh(range(len(names)), values, xerr=ends, capsize=4, color="#4477aa")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel(f"{entries[0]['task']}: score in %, with 95 % interval")
+    axes.set_xlabel(f"{entries[0]['task']}: {'score in %' if is_share else 'bits per byte'}, with 95 % interval")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
     return image.getvalue()
+
+
+def _end(entry: Mapping[str, Any], place: int) -> float:
+    """An end of an interval; where there is none, the value itself."""
+    end = entry["ci95"][place]
+    return float(entry["value"] if end is None else end)

@@ -75,6 +75,8 @@ def _for_elsewhere(run: Run) -> Cargo:
 def _fetch_ahead(run: Run, machine: Machine) -> None:
     """Have a model of the Hub come while the environment is made, which takes as long; only then is it worth it."""
     kind, model = run.record.environment, str(run.job()["params"].get("model") or "")
+    if run.job()["params"].get("base_url"):  # the model is another machine's
+        return
     if kind is None or machine.name == machines.LOCAL or kind in durable.load_news(_environments(machine.name)):
         return
     if model.count("/") == 1 and not model.startswith("/") and machines.load(machine.name).worker_python is None:
@@ -102,10 +104,11 @@ def interpreter(kind: str | None, machine: Machine, agent: str, say: Say) -> str
     given = machines.load(machine.name).worker_python
     if given is None:
         return _made(kind, machine, agent, say) if kind else ""
-    if kind and not _checked_lately(machine.name, given):
+    if kind and not _checked_lately(machine.name, kind, given):
         say(f"checking that {given} on {machine.name} imports what a job needs")
-        environments.check(machine, agent, given, list(MODULES))
-        durable.save_json(_checked(machine.name), {"python": given, "at": clock.timestamp()}, synced=False)
+        environments.check(machine, agent, given, list(environments.SERVE_MODULES if kind == "serve" else MODULES))
+        known = {"python": given, "kind": kind, "at": clock.timestamp()}
+        durable.save_json(_checked(machine.name), known, synced=False)
     return given
 
 
@@ -135,11 +138,12 @@ def _checked(name: str) -> Path:
     return machines.folder(name) / "checked.json"
 
 
-def _checked_lately(name: str, python: str) -> bool:
+def _checked_lately(name: str, kind: str, python: str) -> bool:
     """Whether that interpreter was found good within a day; a worker that cannot import says so anyway."""
     known = durable.load_news(_checked(name))
     at = known.get("at")
-    return known.get("python") == python and isinstance(at, float) and 0 <= clock.timestamp() - at < _CHECKED_FOR_S
+    is_same = (known.get("python"), known.get("kind")) == (python, kind)
+    return is_same and isinstance(at, float) and 0 <= clock.timestamp() - at < _CHECKED_FOR_S
 
 
 def _staged(run: Run, machine: Machine, packed: Cargo) -> Path:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, locks
+from jobs import durable, engines, locks
 from orchestrator import config
 from orchestrator.errors import ConfigError, UsageError
 
 VARIABLES = {"lambda": "LAMBDA_API_KEY", "vast": "VAST_API_KEY"}
 """Each provider with the environment variable that holds its key."""
-SECRET_VARIABLES = ("HF_TOKEN", *VARIABLES.values())
+SECRET_VARIABLES = ("HF_TOKEN", engines.KEY_VARIABLE, *VARIABLES.values())
 """Environment variables whose values are never shown."""
 _HIDDEN: set[str] = set()
 MASK = "***"

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import spec, trees
+from jobs import engines, spec, trees
 from orchestrator import agents, cargo, clock, config, machines, runs, transport
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.runs import Record, Run
@@ -67,6 +68,7 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
         raise UsageError(f"{error} Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
     _check_paths(params)
     _check_expectation(params)
+    _check_engine(params)
     _check_outs(job, asked.outs)
     if job.story == "command" and asked.limit is not None:
         raise UsageError("--limit is for jobs that have examples; a command has none. Nothing was started.")
@@ -94,10 +96,11 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
 
     `guard` is told how many bytes may have to travel, and raises when that is not wanted.
     """
-    environment = asked.environment or job.environment
+    environment = asked.environment or engines.environment(document["params"]) or job.environment
     if machines.LOCAL in (asked.machine, *asked.boxes):
         check_interpreter(environment)
-    config.job_environment(list(asked.env_names), everything=False)
+    names = [*asked.env_names, *(name for name in engines.secrets(document["params"]) if name in os.environ)]
+    config.job_environment(names, everything=False)
     at_home = asked.machine == machines.LOCAL
     packed = cargo.pack(document, (*job.needs, *asked.needs), Path.cwd(), at_home=at_home)
     if not at_home:
@@ -112,7 +115,7 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
         python=sys.executable,
         cwd=str(Path.cwd()),
         created_at=document["created_at"],
-        env_names=list(asked.env_names),
+        env_names=list(dict.fromkeys(names)),
         gpus=asked.gpus,
         queue=asked.queue,
         environment=None if environment == "none" else environment,
@@ -150,12 +153,14 @@ def take_new_code(run: Run) -> None:
 
 def check_interpreter(environment: str) -> None:
     """Raise ConfigError when this computer's Python cannot run a job of that kind of environment."""
-    missing = [name for name in WORKER_PACKAGES if importlib.util.find_spec(name) is None]
+    wanted = (*WORKER_PACKAGES, "vllm") if environment == "serve" else WORKER_PACKAGES
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    extras = "worker,vllm" if environment == "serve" else "worker"
     if missing and environment != "none":
         raise ConfigError(
             f"To run on this computer, {sys.executable} needs {', '.join(missing)}, which it does not have. "
             "Nothing was started.",
-            "Install gpu with what a worker needs: pip install 'PATH_OF_THE_CLONE[worker]'",
+            f"Install gpu with what a worker needs: pip install 'PATH_OF_THE_CLONE[{extras}]'",
         )
 
 
@@ -208,6 +213,12 @@ def _check_expectation(params: dict[str, Any]) -> None:
             sequential.Expectation.parse(params["expect"])
         except ValueError as error:
             raise UsageError(f"expect={params['expect']!r}: {error}") from None
+
+
+def _check_engine(params: dict[str, Any]) -> None:
+    """Raise UsageError for settings of the engine that do not belong together."""
+    if faults := engines.faults(params):
+        raise UsageError(f"{' '.join(faults)} Nothing was started.")
 
 
 def _lock_digest() -> str | None:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jobs import durable
+from jobs import durable, perplexities
 from orchestrator import training
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class Mark(NamedTuple):
     cut: bool
     silent: bool
     """There was something to find, and no answer was found in the completion."""
+    read: bool = False
+    """It is a text that was read: it has a likelihood, and needs no score."""
 
 
 @dataclass
@@ -184,7 +186,8 @@ def _mark(row: Json) -> Mark:
     generated = not failed and row.get("completion") is not None
     silent = generated and row.get("answer") is None and row.get("target") is not None
     score = None if failed else _number(row.get("score"))
-    return Mark(score, failed, generated, row.get("finish_reason") == "length", silent)
+    read = perplexities.reading(row) is not None
+    return Mark(score, failed, generated, row.get("finish_reason") == "length", silent, read)
 
 
 def _prompt(row: Json) -> Any:
@@ -208,7 +211,7 @@ def _candidate(row: Json, index: int, chars: int) -> Json:
         rules = [[_text(rule), _shown(answers.get(rule), 200), _number(scores[rule])] for rule in scores]
     if all(rule[1:] == rules[0][1:] for rule in rules):
         rules = []  # where they agree, the answer and the mark say it all
-    logliks = row.get("logliks")
+    logliks, choices, read = row.get("logliks"), row.get("choices"), perplexities.reading(row)
     candidate = {
         "n": index,
         "text": _shown(row.get("completion"), chars),
@@ -219,6 +222,8 @@ def _candidate(row: Json, index: int, chars: int) -> Json:
         "error": _shown(row.get("error"), chars),
         "rules": rules or None,
         "logliks": [_number(value) for value in logliks] if isinstance(logliks, list) else None,
+        "choices": [_shown(choice, 200) for choice in choices] if isinstance(choices, list) else None,
+        "nats": -read.loglik / read.tokens if read else None,
     }
     return {key: value for key, value in candidate.items() if value is not None}
 
@@ -351,7 +356,7 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
         "rows": len(marks),
         "samples": samples,
         "short": sum(len(by_index) < samples for by_index in intake.marks.values()),
-        "unscored": sum(mark.score is None for mark in marks),
+        "unscored": sum(mark.score is None and not mark.read for mark in marks),
         "errors": sum(mark.error for mark in marks),
         "cut": sum(mark.cut for mark in marks) / generated,
         "silent": sum(mark.silent for mark in marks) / generated,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,38 @@ from orchestrator.errors import ConfigError, UsageError
 _DEADLINE_S = 3600.0
 
 
-def rescore(what: str, task: str, completion: str, target: str) -> dict[str, Any]:
-    """Every rule's verdicts over a run's rows or a file's lines; raises UsageError, ConfigError."""
-    path = _rows_of(what)
-    request = {"task": task, "path": str(path.absolute()), "completion": completion, "target": target}
+@dataclass(frozen=True)
+class Fields:
+    """The task whose rules are applied, and the fields of a row that hold completion and target."""
+
+    task: str
+    completion: str
+    target: str
+
+
+def rescore(what: str, fields: Fields, agree: Callable[[str], None]) -> dict[str, Any]:
+    """Every rule's verdicts over a run's rows or a file's lines; raises UsageError, ConfigError.
+
+    Where programs that a model wrote would run here, `agree` is asked first; it raises when the answer is no.
+    """
+    request = {**asdict(fields), "path": str(_rows_of(what).absolute())}
+    answer = _ask(request)
+    if answer.get("failed", {}).get("kind") == "consent":
+        agree(f"{answer['failed']['message']} Run them?")
+        answer = _ask({**request, "allow": True})
+    if "failed" in answer:
+        kind = UsageError if answer["failed"].get("kind") == "usage" else ConfigError
+        raise kind(answer["failed"]["message"], answer["failed"]["hint"])
+    return answer
+
+
+def _ask(request: dict[str, Any]) -> dict[str, Any]:
     words = [sys.executable, "-I", str(agents.INSTALLED / "worker" / "__main__.py"), "rescore"]
     ran = subprocess.run(words, input=spec.canonical(request), capture_output=True, timeout=_DEADLINE_S, check=False)
     try:
         answer: dict[str, Any] = json.loads(ran.stdout)
     except ValueError:
         raise RuntimeError(f"rescoring ended with {ran.returncode}: {ran.stderr[-500:]!r}") from None
-    if "failed" in answer:
-        kind = UsageError if answer["failed"].get("kind") == "usage" else ConfigError
-        raise kind(answer["failed"]["message"], answer["failed"]["hint"])
     return answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,7 @@ def _counts(row: rows.Row) -> bool:
         and isinstance(row.get("score"), int | float | None)
         and isinstance(row.get("completion"), str | None)
         and isinstance(row.get("subject"), str | None)
+        and isinstance(row.get("level"), str | None)
         and isinstance(row.get("scores", {}), dict | None)
         and all(isinstance(score, int | float | None) for score in (row.get("scores") or {}).values())
     )
@@ -69,7 +71,7 @@ def count(run: Run) -> dict[str, Any]:
         "tokens_per_second": round(tokens_out / seconds, 2) if seconds else None,
         "rows_damaged": run.record.rows_damaged,
         "conflicts": conflicts(run),
-        "cost_usd": round(run.cost_usd(), 4),
+        "cost_usd": round(run.cost_usd() + asked_usd(run), 4),
         "created_at": run.record.created_at,
         "finished_at": run.record.finished_at,
         "machine": runs.machine_names(run),
@@ -93,7 +95,7 @@ def conflicts(run: Run) -> list[str]:
     found: list[str] = []
     for row in itertools.chain.from_iterable(map(_made_by, copies)):
         if row.get("error") is None and _counts(row):
-            answer = hash((row.get("completion"), repr(row.get("score"))))
+            answer = hash((row.get("completion"), repr(row.get("prediction")), repr(row.get("score"))))
             if said.setdefault(str(row["key"]), answer) != answer:
                 found.append(str(row["key"]))
     return sorted(set(found))[:_CONFLICTS_MAX]
@@ -105,6 +107,18 @@ def _made_by(copy: rundir.Run) -> Iterator[rows.Row]:
         for _, line in rows.whole_lines(attempt.rows):
             with contextlib.suppress(rows.BadRow):
                 yield rows.decode(line)
+
+
+def asked_usd(run: Run) -> float:
+    """What servers were paid for its completions, in USD, as far as rows tell: those that were replaced, too."""
+    return sum(_usd(line) for _, line in rows.whole_lines(run.home.rows) if b'"usd":' in line)
+
+
+def _usd(line: bytes) -> float:
+    with contextlib.suppress(rows.BadRow):
+        said = rows.decode(line).get("usd")
+        return max(float(said), 0.0) if isinstance(said, int | float) and math.isfinite(said) else 0.0
+    return 0.0
 
 
 def _effort(run: Run) -> tuple[int, float]:

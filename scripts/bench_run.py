@@ -34,9 +34,10 @@ DEADLINE_S = 600.0
 STOPWATCH = '''
 
 import time as _time
+from worker.generators import hf as _hf
 
 
-class _Marked(HfGenerator):
+class _Marked(_hf.HfGenerator):
     def generate(self, prompts, sampling):
         _Timed.began_s, _Timed.cpu_began_s = _time.perf_counter(), _time.thread_time()
         return super().generate(prompts, sampling)
@@ -45,7 +46,7 @@ class _Marked(HfGenerator):
 class _Timed(rows.Appender):
     """Appends as ever, and adds up how long the story waits for it, and its thread computes for it."""
 
-    began_s = cpu_began_s = spent_s = cpu_spent_s = longest_s = 0.0
+    began_s = cpu_began_s = spent_s = cpu_spent_s = longest_s = scored_s = 0.0
 
     def __init__(self, path):
         self._path = path
@@ -59,6 +60,7 @@ class _Timed(rows.Appender):
         facts = {
             "share": self.spent_s / (_time.perf_counter() - self.began_s),
             "cpu_share": self.cpu_spent_s / (_time.thread_time() - self.cpu_began_s),
+            "scoring_share": self.scored_s / (_time.perf_counter() - self.began_s),
             "row_s": self.spent_s / self.written,
             "longest_s": self.longest_s,
             "generation_s": _time.perf_counter() - self.began_s,
@@ -74,7 +76,14 @@ class _Timed(rows.Appender):
         self.longest_s = max(self.longest_s, took_s)
 
 
-HfGenerator, rows.Appender = _Marked, _Timed
+def make_row(*words, _made=make_row):
+    began_s = _time.perf_counter()
+    row = _made(*words)
+    _Timed.scored_s += _time.perf_counter() - began_s
+    return row
+
+
+_hf.HfGenerator, rows.Appender = _Marked, _Timed
 '''
 """Goes to the end of the worker's story: the run is the real one in everything but being timed."""
 
@@ -231,7 +240,7 @@ def told(several: list[Observed]) -> Iterator[Figure | str]:
         f"{statistics.median(one.took_s for one in several):.1f} s from start to end, "
         f"{statistics.median(rates):.0f} rows/s while rows came home"
     )
-    yield saving(several)
+    yield from saving(several)
     for where, readers, at_most in (
         ("the machine", [one.machine for one in several], 0.5),
         ("home", [one.home for one in several], None),
@@ -249,8 +258,10 @@ def told(several: list[Observed]) -> Iterator[Figure | str]:
         yield processor_time(several, name)
 
 
-def saving(several: list[Observed]) -> Figure:
-    """The share of the generation that the worker waits for rows to be saved; beside it, saving them carelessly."""
+def saving(several: list[Observed]) -> Iterator[Figure]:
+    """The share of the generation that the worker waits for rows to be saved, with and without making and scoring them;
+    beside it, saving them carelessly.
+    """
     told: list[dict[str, Any]] = [durable.load_json(one.run.attempt(1).folder / "stopwatch.json") for one in several]
     middle = {name: statistics.median(one[name] for one in told) for name in told[0]}
     made = [rows.decode(line) for _, line in several[0].machine.seen]
@@ -264,7 +275,9 @@ def saving(several: list[Observed]) -> Figure:
         f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; of the thread's CPU time: "
         f"{100 * middle['cpu_share']:.2f} %"
     )
-    return Figure("saving, of the generation's time", 100 * middle["share"], "%", words, at_most=2)
+    yield Figure("saving, of the generation's time", 100 * middle["share"], "%", words, at_most=2)
+    both = 100 * (middle["share"] + middle["scoring_share"])
+    yield Figure("saving and scoring, of the generation's time", both, "%", at_most=3)
 
 
 def processor_time(several: list[Observed], name: str) -> Figure:

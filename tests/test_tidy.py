@@ -20,7 +20,9 @@ PARAMETERS_MAX = 5
 BROAD_EXCEPTS = {
     "orchestrator/cli/__init__.py": "the outermost frame of the command line",
     "orchestrator/preflight/rendering.py": "a model's chat template",
+    "worker/confinement.py": "forked children, which may not go back into the code that called",
     "worker/hub_store.py": "the Hub's client, which raises a dozen kinds",
+    "worker/replica.py": "vLLM, whose many parts raise anything",
     "worker/reranker.py": "the user's re-ranker",
     "worker/prompts.py": "a model's chat template",
     "worker/watchdog.py": "a provider's answers and a failing machine: nothing of them may end the last guard there is",

@@ -59,6 +59,18 @@ def main(words: list[str]) -> int:
         from worker import reranker
 
         return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "replica":
+        from worker import replica
+
+        return replica.serve(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "grade":
+        from worker import grading
+
+        return grading.serve_grades(sys.stdin.buffer, sys.stdout.buffer)
+    if verb == "confine":
+        from worker import confinement
+
+        return confinement.main(sys.stdin.buffer, sys.stdout.buffer)
     raise SystemExit(f"unknown verb {verb!r}")
 
 

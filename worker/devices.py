@@ -215,11 +215,16 @@ def _holder(path: Path) -> str:
     return "a run that has just begun"
 
 
-def free_again(devices: list[str], before: dict[str, int], run: str, tick: Callable[[], None]) -> str:
-    """Wait until what a run used is free again, ending what is left of the run; words about what is not, or nothing."""
+def free_again(
+    devices: list[str], before: dict[str, int], left: Callable[[], list[int]], tick: Callable[[], None]
+) -> str:
+    """Wait until what was used is free again; words about what is not, or nothing.
+
+    Of the processes `left` behind, those that still have a GPU open are ended.
+    """
     deadline = time.monotonic() + FREED_WITHIN_S
     while devices:
-        processes.kill(_users(processes.marked(run)))
+        processes.kill(_users(left()))
         used = memory_used()
         still = {each: used[each] for each in devices if used.get(each, 0) > before.get(each, 0) + FREED_MIB}
         if not still:

@@ -2,69 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jobs import durable, rows, rundir, shares, times
-from worker import facts, models, plan, resolve, selecting
+from worker import engines, facts, likelihood, plan, resolve, sandbox, selecting
+from worker.asking import Item
 from worker.expectation import Watch
-from worker.generators import Completion, Generator
-from worker.generators.hf import HfGenerator
-from worker.plan import Item
+from worker.generators import Completion, Likelihood, Prompt, Query
 from worker.progress import Progress
+from worker.tasks import CHOOSES, GENERATES, READS, RUNS_CODE, Generates, Reply
+
+_AT_WORK = {GENERATES: "generating", CHOOSES: "weighing choices", READS: "reading"}
+"""What the model does, by the kind of the task."""
 
 
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
-    """Make and score every completion that is missing; returns when all rows are durable. Raises WorkerFailure."""
+    """Make every row that is missing; returns when all rows are durable. Raises WorkerFailure."""
     progress = Progress(attempt.progress)
     prepared = plan.prepare(job, run, progress.phase)
     plan.refuse_bad_prompts(prepared, say)
+    if prepared.task.NAME in RUNS_CODE:
+        say(sandbox.walls().described())
     resolve.list_examples(run, prepared)
     resolve.settle(run, prepared)  # after the list: once this is home, that and the run's own model are, or follow
     done = finished(run)
     todo = {item.key: item for item in prepared.items if not done.get(item.key)}
     progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
-    watch = Watch(job["params"]["expect"], run, prepared.items, shares.among(job))
-    with rows.Appender(attempt.rows) as out:
-        for item, completion in completions(prepared, todo, attempt, progress):
-            row = make_row(prepared, item, completion)
+    watch = Watch(job["params"].get("expect"), run, prepared.items, shares.among(job))
+    made = answers(prepared, todo, attempt, progress)
+    with rows.Appender(attempt.rows) as out, contextlib.closing(made):
+        for item, answer in made:
+            row = make_row(prepared, item, answer)
             out.append(row)
             progress.rows(out.synced)
             watch.see(row)
     progress.rows(out.synced)
-    if job["params"]["reranker"]:
+    if job["params"].get("reranker"):
         progress.phase("re-ranking")
         selecting.select(run, attempt, prepared)
     progress.phase("done")
 
 
-def completions(
+def answers(
     prepared: plan.Prepared, todo: dict[str, Item], attempt: rundir.Attempt, progress: Progress
-) -> Iterator[tuple[Item, Completion]]:
-    """What the model says to each item, as it finishes; the model is loaded only when there is something to do."""
+) -> Generator[tuple[Item, Completion | Likelihood]]:
+    """What the model makes of each item, as it finishes; the model is loaded only when there is something to do.
+
+    To be closed: that ends what was started for it.
+    """
     if not todo:
         return
     progress.phase("loading the model")
-    generator = engine(prepared)
-    durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
-    progress.phase("generating")
-    prompts = (item.prompt for item in todo.values())
-    for prompt, completion in generator.generate(prompts, prepared.sampling):
-        yield todo[prompt.key], completion
+    with engines.running(prepared, attempt.server_log, say) as ask:
+        durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
+        progress.phase(_AT_WORK[prepared.task.KIND])
+        for prompt, answer in ask(item.prompt for item in todo.values()):
+            yield todo[prompt.key], answer
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says: findings about the prompts and how much would be generated. No model is loaded."""
+    """What a dry run says: findings about the prompts and how many rows would be made. No model is loaded."""
     with tempfile.TemporaryDirectory() as scratch:
         return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
-
-
-def engine(prepared: plan.Prepared) -> Generator:
-    """The model, loaded by the engine the run uses."""
-    size = prepared.params["batch_size"]
-    return HfGenerator(models.load_model(prepared.request), None if size == "auto" else size, say)
 
 
 def finished(run: rundir.Run) -> dict[str, bool]:
@@ -77,34 +80,55 @@ def finished(run: rundir.Run) -> dict[str, bool]:
     return found.keys
 
 
-def make_row(prepared: plan.Prepared, item: Item, completion: Completion) -> rows.Row:
-    """One row of rows.jsonl. What could not be generated has an error and no score: an error is never a zero."""
-    row: rows.Row = {
+def make_row(prepared: plan.Prepared, item: Item, answer: Completion | Likelihood) -> rows.Row:
+    """One row of rows.jsonl. What could not be made has an error and no score: an error is never a zero."""
+    return {
         "key": item.key,
-        "error": completion.error,
+        "error": answer.error,
         "example_id": item.example.id,
         "sample_index": item.sample_index,
         "subject": item.example.subject,
+        **({} if item.example.level is None else {"level": item.example.level}),
         **item.asked,
+        **_RESULTS[prepared.task.KIND](prepared, item, answer),
+        "at": times.now(),
+    }
+
+
+def _generated(prepared: plan.Prepared, item: Item, completion: Completion) -> rows.Row:
+    row = {
         "completion": None if completion.error else completion.text,
         "finish_reason": completion.finish_reason,
         "tokens_in": completion.tokens_in,
         "tokens_out": completion.tokens_out,
+        **({} if completion.usd is None else {"usd": completion.usd}),
         "target": item.example.target,
-        "seed": item.prompt.seed,
-        "at": times.now(),
+        "seed": cast(Prompt, item.prompt).seed,
     }
     if completion.error:
         return {**row, "answer": None, "score": None, "answers": {}, "scores": {}}
-    verdict = prepared.task.score(completion.text, item.example.target)
+    reply = Reply(completion.text, completion.finish_reason)
+    verdict = cast(Generates, prepared.task).score(reply, item.example.target)
     headline = prepared.task.HEADLINE
     return {
         **row,
+        "error": verdict.error,
+        **({"notes": dict(verdict.notes)} if verdict.notes else {}),
         "answer": verdict.answers[headline],
         "score": verdict.scores[headline],
         "answers": dict(verdict.answers),
         "scores": dict(verdict.scores),
     }
+
+
+_RESULTS: dict[str, Callable[[plan.Prepared, Item, Any], rows.Row]] = {
+    GENERATES: _generated,
+    CHOOSES: lambda prepared, item, found: likelihood.chosen(
+        prepared.task, item.example, cast(Query, item.prompt), found
+    ),
+    READS: lambda _, item, found: likelihood.read(item.example, cast(Query, item.prompt), found),
+}
+"""What a row says of its answer, by the kind of the task."""
 
 
 def say(words: str) -> None:

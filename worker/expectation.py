@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from jobs import durable, rows, rundir
 from jobs.sequential import ConfidenceSequence, Expectation
+from worker.asking import Item
 from worker.failures import OutOfExpectation
-from worker.plan import Item
 
 _ALPHA = 0.01
 """The chance to stop a run that is as expected."""
@@ -51,19 +51,24 @@ class Watch:
         return OutOfExpectation(
             f"After {self._next} problems the score lies between {low:.3f} and {high:.3f} (99 % sequential interval), "
             f"outside the expected {self._expected.low:g}..{self._expected.high:g}. Every row so far is kept. "
-            f"{len(self._shown)} completions:\n{shown}",
+            f"{len(self._shown)} answers:\n{shown}",
             "Look at them and at the first prompt in the log. Go on all the same: gpu resume. Or mend it and run anew.",
         )
 
     def _take(self, row: rows.Row) -> None:
         if len(self._shown) < _SHOWN and row["error"] is None:
-            self._shown.append(f"- {row['key']} ({row['score']}): {row['completion'][:_SHOWN_CHARACTERS]!r}")
+            self._shown.append(f"- {row['key']} ({row['score']}): {_said(row)[:_SHOWN_CHARACTERS]!r}")
         self._scores[row["example_id"]].append(row["score"])
         while self._next < len(self._order) and len(self._scores[self._order[self._next]]) >= self._samples:
             scored = [score for score in self._scores.pop(self._order[self._next]) if score is not None]
             self._next += 1
             if scored:
                 self._sequence.add(sum(scored) / len(scored))
+
+
+def _said(row: rows.Row) -> str:
+    """The completion, or the choice that was taken."""
+    return str(row["choices"][row["answer"]] if "choices" in row else row["completion"])
 
 
 def _stopped_before(run: rundir.Run) -> bool:

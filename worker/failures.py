@@ -38,3 +38,9 @@ class DiskFull(WorkerFailure):
     """No space is left where the run writes; every row counted so far is durable."""
 
     kind = "disk_full"
+
+
+class EngineDied(WorkerFailure):
+    """What generates ended or fell silent in the middle; rows so far are kept, and a resume makes the others."""
+
+    kind = "engine"

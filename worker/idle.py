@@ -20,7 +20,15 @@ from worker.outs import Outs
 TERMINALS = Path("/dev/pts")
 WORKING_PERCENT = 3
 """A GPU that computes for less of the time only shows its desktop, or is asked how it is."""
-_GROWS_WITH_WORK = (*rundir.GROWING, "progress.json", "env.json", "failure.json")
+_GROWS_WITH_WORK = (
+    "rows.jsonl",
+    "selections.jsonl",
+    "steps.jsonl",
+    "log.txt",
+    "progress.json",
+    "env.json",
+    "failure.json",
+)
 """Files of an attempt that change because work gets on. Not status.json: it has a heartbeat, also of a worker that
 hangs."""
 _OUR_WORK = ("exec", "put", "take", "adopt", "stage", "project", "build", "environment", "fetch", "check", "rescore")

@@ -177,7 +177,7 @@ class Builder:
 
     def _check(self) -> dict[str, str]:
         try:
-            return libraries.versions(self.place.python, self.pins.packages, self)
+            return libraries.versions(self.place.python, self.pins.modules, self)
         except libraries.Unfit as unfit:
             raise Broken(f"Everything is installed, but does not work together: {unfit.message}") from None
 

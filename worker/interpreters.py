@@ -67,8 +67,12 @@ class Lock:
     @property
     def packages(self) -> list[str]:
         """The packages asked for, by name; the others come with them."""
-        found = self._said("packages")
-        return found.split() if found else []
+        return [word.partition("=")[0] for word in self._said("packages").split()]
+
+    @property
+    def modules(self) -> list[str]:
+        """What each of them is imported as: its own name, but for `package=module`."""
+        return [word.rpartition("=")[2] for word in self._said("packages").split()]
 
     def gb(self, build: str) -> float:
         """About how much an environment takes on disk, in GB, with a CUDA or a `cpu` build; 0 when it does not say."""

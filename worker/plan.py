@@ -1,30 +1,17 @@
-"""What an evaluation will ask, worked out before any weights load: examples, rendered prompts, seeds and findings."""
+"""What an evaluation will ask, worked out before any weights load: examples, prompts, seeds and findings."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rundir, shares, spec
-from worker import builtin, models, prompts, sources, tasks
-from worker.failures import BadRecord, ConfigFailure
-from worker.generators import Prompt, Sampling
-from worker.tasks import Example, Task
-
-
-@dataclass(frozen=True)
-class Item:
-    """One completion to be made: which example, which sample of it, and what is sent."""
-
-    key: str
-    example: Example
-    sample_index: int
-    prompt: Prompt
-    asked: dict[str, Any]
-    """`messages`, or `prompt` where no chat template is used: as it stands in the row."""
+from jobs import durable, rundir, shares
+from worker import builtin, engines, models, prompts, tasks, unrendered, worked
+from worker.asking import Item, Means, Questions, questions
+from worker.failures import ConfigFailure
+from worker.tasks import GENERATES, Task
 
 
 @dataclass(frozen=True)
@@ -33,12 +20,13 @@ class Prepared:
 
     params: dict[str, Any]
     task: Task
+    engine: str
+    """`hf`, `vllm` or `openai`."""
     request: models.ModelRequest
     renderer: prompts.Renderer
-    sampling: Sampling
+    asked: Questions
     items: list[Item]
-    findings: list[prompts.Finding]
-    first_prompt: str
+    """Those of `asked` that are made here."""
     dataset_digest: str
     shots_digest: str | None
     example_ids: list[str]
@@ -48,80 +36,83 @@ class Prepared:
 def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) -> Prepared:
     """Read the dataset, render and check every prompt. Trains the built-in model when it is asked for and not there.
 
-    Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands in `findings`.
+    Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands among the findings.
     """
-    return _prepare(job, lambda: builtin.folder(run, say), _known(run), say)
+    known = _known(run)
+    engine = engines.choose(job["params"], known, generates=_generates(job))
+    return _prepare({**job, "engine": engine}, lambda: builtin.folder(run, say), known, say)
 
 
 def rehearse(job: dict[str, Any], scratch: Path, say: Callable[[str], None]) -> Prepared:
     """The same without a model: of the built-in one only the tokenizer is made, in the folder `scratch`."""
-    return _prepare(job, lambda: builtin.outline(scratch), {}, say)
+    return _prepare({**job, "engine": engines.named(job["params"])}, lambda: builtin.outline(scratch), {}, say)
 
 
 def refuse_bad_prompts(prepared: Prepared, say: Callable[[str], None]) -> None:
     """Show the first prompt and every finding; raises ConfigFailure when one of them is an error."""
-    say(f"The first prompt:\n{prepared.first_prompt}")
-    for finding in prepared.findings:
+    first_prompt, findings = prepared.asked.first_prompt, prepared.asked.findings
+    say(f"The first prompt:\n{first_prompt}")
+    for finding in findings:
         say(f"{finding.level}: {finding.message} {finding.hint}")
-    errors = [finding for finding in prepared.findings if finding.level == "error"]
+    errors = [finding for finding in findings if finding.level == "error"]
     if errors:
         message = " ".join(finding.message for finding in errors)
-        raise ConfigFailure(f"{message} The first prompt:\n{prepared.first_prompt}", errors[0].hint)
+        raise ConfigFailure(f"{message} The first prompt:\n{first_prompt}", errors[0].hint)
 
 
 def described(prepared: Prepared) -> dict[str, Any]:
     """What a dry run answers."""
-    lengths = [len(item.prompt.token_ids) for item in prepared.items]
+    lengths = [item.tokens_in for item in prepared.items]
     return {
         "examples": len({item.example.id for item in prepared.items}),
         "rows_total": len(prepared.items),
         "tokens_in": {"max": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
-        "first_prompt": prepared.first_prompt,
-        "findings": [dict(finding.__dict__) for finding in prepared.findings],
+        "first_prompt": prepared.asked.first_prompt,
+        "findings": [dict(finding.__dict__) for finding in prepared.asked.findings],
     }
-
-
-def seed_of(run_seed: int, key: str) -> int:
-    """The seed of one completion, 63 bits: a hash, so that it depends on nothing else that is asked."""
-    return int.from_bytes(hashlib.sha256(f"{run_seed}\0{key}".encode()).digest()[:8], "big") >> 1
 
 
 def _prepare(
     job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Callable[[str], None]
 ) -> Prepared:
     """The dataset is read before the built-in model is made: what is wrong with it is then said at once."""
-    params, task = job["params"], tasks.get(job["task"])
+    tasks.require(job["task"])
+    params, task, engine = job["params"], tasks.get(job["task"]), job["engine"]
     say("reading the dataset")
-    records = sources.load(_source(params, task, params["split"]))
-    examples = _examples(task, records)[: job["limit"]]
-    _refuse_twins(examples, records.name)
-    shots = _shots(params, task)
+    found, records = worked.examples(params, task)
+    examples = found[: job["limit"]]
+    shots = worked.shots(params, task)
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
-    renderer = prompts.Renderer(models.load_tokenizer(request), params["chat_template"])
+    renderer, config = _renderer(engine, request, params.get("chat_template", "none"))
     example_ids = [example.id for example in examples]
     mine = set(shares.chosen(job, example_ids))
     shown = [example for example in examples if example.id in mine] or examples[:1]
     say(f"rendering {len(shown)} prompts")
-    rendered = [_render(renderer, task, example, shots, params) for example in shown]
-    sampling = _sampling(params)
+    asked = questions(Means(job, task, request, config, renderer, shots), shown)
     return Prepared(
         params=params,
         task=task,
+        engine=engine,
         request=request,
         renderer=renderer,
-        sampling=sampling,
-        items=[
-            _item(job, example, prompt, sample, renderer)
-            for example, prompt in zip(shown, rendered, strict=True)
-            for sample in range(params["samples"])
-            if example.id in mine
-        ],
-        findings=prompts.check(rendered, renderer, _facts(request, renderer, sampling, params["samples"])),
-        first_prompt=prompts.first_prompt_shown(rendered[0], renderer.tokenizer),
+        asked=asked,
+        items=[item for item in asked.items if item.example.id in mine],
         dataset_digest=records.digest,
-        shots_digest=_digest(shots) if shots else None,
+        shots_digest=shots.digest(examples),
         example_ids=example_ids,
     )
+
+
+def _generates(job: dict[str, Any]) -> bool:
+    tasks.require(job["task"])
+    return tasks.get(job["task"]).KIND == GENERATES
+
+
+def _renderer(engine: str, request: models.ModelRequest, chat_template: str) -> tuple[prompts.Renderer, Any]:
+    """What makes prompts, and the model's configuration: None where both are a server's."""
+    if engine == "openai":
+        return unrendered.Renderer(chat_template), None
+    return prompts.Renderer(models.load_tokenizer(request), chat_template), models.load_config(request)
 
 
 def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
@@ -141,86 +132,3 @@ def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) 
 def _known(run: rundir.Run) -> dict[str, Any]:
     resolved = durable.load_json(run.resolved)
     return resolved["identity"] if resolved else {}
-
-
-def _source(params: dict[str, Any], task: Task, split: str) -> sources.Source:
-    """Where examples come from; the built-in model is asked the problems that it was made for."""
-    dataset = params["dataset"]
-    if dataset == "auto":
-        dataset = "generated" if params["model"] == builtin.NAME else task.DATASET
-    return sources.Source(dataset, split, None)
-
-
-def _shots(params: dict[str, Any], task: Task) -> list[Example]:
-    """The first examples of the training split, fixed: the same prefix for every prompt."""
-    if not params["shots"]:
-        return []
-    if params["shots_dataset"]:
-        source = sources.Source(params["shots_dataset"], "train")
-    elif sources.is_path(params["dataset"]):
-        raise ConfigFailure(
-            f"shots={params['shots']} needs worked examples, and the file {params['dataset']} has no training split.",
-            "Say where they are: --set shots_dataset=train.jsonl",
-        )
-    else:
-        source = _source(params, task, "train")
-    return _examples(task, sources.load(source))[: params["shots"]]
-
-
-def _digest(shots: list[Example]) -> str:
-    """What tells one set of worked examples from another."""
-    return hashlib.sha256(spec.canonical([(shot.problem, shot.solution) for shot in shots])).hexdigest()
-
-
-def _examples(task: Task, records: sources.Records) -> list[Example]:
-    try:
-        return task.examples(records.rows)
-    except BadRecord as bad:
-        raise BadRecord(f"{records.name}, {bad.message}", bad.hint) from None
-
-
-def _refuse_twins(examples: Sequence[Example], name: str) -> None:
-    """Ids are keys: two examples under one would be one row."""
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise ConfigFailure(
-                f"{name} has two rows with the id {example.id!r}.", "Make the ids unique, or leave them out."
-            )
-        seen.add(example.id)
-
-
-def _sampling(params: dict[str, Any]) -> Sampling:
-    return Sampling(
-        temperature=params["temperature"],
-        top_p=params["top_p"],
-        max_new_tokens=params["max_new_tokens"],
-        stop=(params["stop"],) if params["stop"] else (),
-    )
-
-
-def _render(
-    renderer: prompts.Renderer, task: Task, example: Example, shots: list[Example], params: dict[str, Any]
-) -> prompts.RenderedPrompt:
-    return renderer.render(example.id, task.messages(example, shots, instruction=params["instruction"] or ""))
-
-
-def _item(
-    job: dict[str, Any], example: Example, rendered: prompts.RenderedPrompt, sample: int, renderer: prompts.Renderer
-) -> Item:
-    key = shares.row_key(job, example.id, sample)
-    prompt = Prompt(key=key, token_ids=rendered.token_ids, seed=seed_of(job["params"]["seed"], key))
-    messages = [dict(message) for message in rendered.messages]
-    asked: dict[str, Any] = {"prompt": renderer.text(messages)} if renderer.plain else {"messages": messages}
-    return Item(key=key, example=example, sample_index=sample, prompt=prompt, asked=asked)
-
-
-def _facts(request: models.ModelRequest, renderer: prompts.Renderer, sampling: Sampling, samples: int) -> prompts.Facts:
-    config = models.load_config(request)
-    return prompts.Facts(
-        sampling=sampling,
-        samples=samples,
-        context_length=prompts.context_length(config),
-        vocabulary_size=getattr(config.get_text_config(), "vocab_size", None),
-        end_ids=models.end_token_ids(models.load_generation_config(request), renderer.tokenizer),
-    )

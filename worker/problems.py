@@ -104,6 +104,34 @@ def records(split: str) -> list[dict[str, Any]]:
     return [_record(problem) for problem in problems]
 
 
+def quizzes(split: str) -> list[dict[str, Any]]:
+    """The same problems with four choices, in the fields of every task that weighs choices or reads texts.
+
+    `test` and `validation` are the test problems, any other split has training problems. Wrong choices are near the
+    answer, and the right one's place is drawn from the question.
+    """
+    found = []
+    for row in records(TEST if split in (TEST, "validation") else TRAIN):
+        random = Random(row["id"])  # noqa: S311 -- a choice of numbers, no secret
+        answer = int(row["answer"].rpartition("#### ")[2])
+        others = random.sample([answer + step for step in (-10, -3, -2, -1, 1, 2, 3, 10)], 3)
+        choices = random.sample([str(number) for number in (answer, *others)], 4)
+        gold = choices.index(str(answer))
+        found.append(
+            {
+                "id": row["id"],
+                "question": row["question"],
+                "query": f"Question: {row['question']}",
+                "choices": choices,
+                "answer": gold,
+                "gold": gold,
+                "subject": row["subject"],
+                "text": f"{row['question']}\n{row['answer']}",
+            }
+        )
+    return found
+
+
 def digest() -> str:
     """What tells one version of the test split from another: the SHA-256 of its rows."""
     return hashlib.sha256(json.dumps(records(TEST), sort_keys=True).encode()).hexdigest()

@@ -107,15 +107,35 @@ def _pids() -> list[int]:
         return []
 
 
-def marked(folder: str) -> list[int]:
-    """Processes of this user, other than the caller, that inherited the mark of a run; Linux only, empty elsewhere."""
-    mark = os.fsencode(f"{RUN_MARK}={folder}")
+def owners() -> dict[int, int]:
+    """How many processes each user has, by uid; zombies do not count. Linux only, empty elsewhere."""
+    found: dict[int, int] = {}
+    for pid in _parents():
+        with contextlib.suppress(OSError):
+            uid = Path(f"/proc/{pid}").stat().st_uid
+            found[uid] = found.get(uid, 0) + 1
+    return found
+
+
+def marked(value: str, variable: str = RUN_MARK) -> list[int]:
+    """Processes of this user, other than the caller, that inherited a mark, of a run (its folder) or another; none is
+    a zombie. Linux only, empty elsewhere.
+    """
+    mark = os.fsencode(f"{variable}={value}")
     found = []
     for pid in _pids():
         with contextlib.suppress(OSError):
             if pid != os.getpid() and mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 found.append(pid)
     return found
+
+
+def ending(code: int) -> str:
+    """How a process ended, by its return code as subprocess tells it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"was killed by {name} ({signal.strsignal(-code) or 'no name'})"
 
 
 def commands() -> dict[int, list[str]]:

@@ -47,10 +47,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What prompts are checked against; None or empty: not known, not checked. `samples` is the number per example."""
+    """What prompts are checked against; None or empty: not known, not checked. `samples` is the number per example.
 
-    sampling: Sampling
-    samples: int
+    Without `sampling` nothing is generated: then only the prompts themselves are looked at.
+    """
+
+    sampling: Sampling | None = None
+    samples: int = 1
     context_length: int | None = None
     vocabulary_size: int | None = None
     end_ids: frozenset[int] = frozenset()
@@ -88,6 +91,10 @@ class Renderer:
         """The example's messages with their token ids."""
         return RenderedPrompt(example_id, messages, self.ids(messages))
 
+    def shown(self, prompt: RenderedPrompt) -> str:
+        """The prompt as the model sees it, for people."""
+        return first_prompt_shown(prompt, self.tokenizer)
+
     def _apply(self, messages: Messages, add_generation_prompt: bool, tokenize: bool) -> Any:
         if self.template is None:
             finding = _no_chat_template()
@@ -123,12 +130,10 @@ def check(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -
     if renderer.template is None and not renderer.plain:
         return [_no_chat_template()]
     checks: tuple[Callable[[Sequence[RenderedPrompt], Renderer, Facts], list[Finding]], ...] = (
-        _check_tokens,
+        check_tokens,
         _check_bos,
         _check_template,
-        _check_length,
-        _check_stop,
-        _check_sampling,
+        *((_check_length, _check_stop, _check_sampling) if facts.sampling else ()),
     )
     found = [finding for one in checks for finding in one(prompts, renderer, facts)]
     return sorted(found, key=lambda finding: finding.level != "error")
@@ -166,7 +171,8 @@ def _no_chat_template() -> Finding:
     )
 
 
-def _check_tokens(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+def check_tokens(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    """Texts without tokens, with tokens that the model does not know, or at whose end all is said."""
     found = []
     if empty := [prompt for prompt in prompts if not prompt.token_ids]:
         found.append(Finding("error", "empty_prompt", f"{_which(empty)}: no token at all.", "Look at the dataset."))
@@ -277,6 +283,7 @@ def _around_reply(renderer: Renderer, messages: Messages) -> tuple[str | None, s
 
 
 def _check_length(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    assert facts.sampling is not None
     found = []
     limit, wanted = facts.context_length, facts.sampling.max_new_tokens
     own_limit = renderer.tokenizer.model_max_length
@@ -319,6 +326,7 @@ def _check_length(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: 
 
 
 def _check_stop(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Facts) -> list[Finding]:
+    assert facts.sampling is not None
     found = []
     if "" in facts.sampling.stop:
         found.append(
@@ -343,6 +351,7 @@ def _check_stop(prompts: Sequence[RenderedPrompt], renderer: Renderer, facts: Fa
 def _check_sampling(_: Sequence[RenderedPrompt], __: Renderer, facts: Facts) -> list[Finding]:
     found = []
     sampling = facts.sampling
+    assert sampling is not None
     if sampling.temperature == 0 and facts.samples > 1:
         found.append(
             Finding(

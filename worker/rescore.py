@@ -1,4 +1,4 @@
-"""Scores completions that exist already, without a model: a file of rows in, one JSON document out."""
+"""Scores answers that exist already, without a model: a file of rows in, one JSON document out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from jobs import spec
 from worker import tasks
 from worker.failures import BadRecord, ConfigFailure
-from worker.tasks import Task
+from worker.tasks import Generates, Reply, Task, choosing
 
 EXIT_CONFIG = 3
 """What `main` returns after a failure document: the request or the file must change, trying again will not help."""
@@ -27,6 +27,8 @@ class Request:
     path: str
     completion: str
     target: str
+    allow: bool = False
+    """Whether what the model wrote may be run, by a task that does so."""
 
 
 @dataclass
@@ -42,10 +44,10 @@ class _Tally:
     ignored_last_line: bool = False
 
     def add(self, index: int, verdict: tasks.Verdict) -> None:
-        """Count a scored row; it disagrees when its rules do not all give the same score."""
+        """Count a scored row; it disagrees when the rules that apply to it do not all give the same score."""
         scores = tuple(verdict.scores[rule] for rule in self.rules)
         self.scores[index] = self.seen.setdefault(scores, scores)  # a few distinct tuples serve all rows
-        if len(set(scores)) > 1:
+        if len(set(scores) - {None}) > 1:
             self.disagreements.append(
                 {"index": index, "answers": dict(verdict.answers), "scores": dict(verdict.scores)}
             )
@@ -69,8 +71,14 @@ class UnknownTask(ConfigFailure):
     kind = "usage"
 
 
+class NotAllowed(ConfigFailure):
+    """Scoring would run programs that a model wrote, and nobody has said that this is wanted here."""
+
+    kind = "consent"
+
+
 def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Read `{task, path, completion, target}`, write what `gpu rescore --json` promises; returns the exit code.
+    """Read `{task, path, completion, target, allow}`, write what `gpu rescore --json` promises; returns the exit code.
 
     What cannot be scored gives `{"failed": {"kind", "message", "hint"}}` instead, and a code other than 0. Indexes
     count the file's rows from 0; messages count its lines from 1.
@@ -78,6 +86,8 @@ def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
     try:
         request = _request(stdin.read())
         task = _task(request.task)
+        if request.task in tasks.RUNS_CODE and not request.allow:
+            raise NotAllowed(*_question(request))
         tally = _scored(request, task)
     except ConfigFailure as failure:
         document = {"failed": {"kind": failure.kind, "message": failure.message, "hint": failure.hint}}
@@ -91,20 +101,63 @@ def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
 def _request(data: bytes) -> Request:
     try:
         asked = json.loads(data)
-        return Request(**{name: str(asked[name]) for name in ("task", "path", "completion", "target")})
+        texts = {name: str(asked[name]) for name in ("task", "path", "completion", "target")}
+        return Request(**texts, allow=asked.get("allow") is True)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigFailure(f"The request to rescore cannot be read: {error!r}.") from error
 
 
+def _question(request: Request) -> tuple[str, str]:
+    """What is asked before foreign programs are run here, and how to say yes."""
+    from worker import sandbox
+
+    held_by = sandbox.walls().described()
+    return (
+        f"To score {request.task}, every completion in {request.path} is run here. {held_by}",
+        "Say yes: gpu rescore … -y",
+    )
+
+
 def _task(name: str) -> Task:
     try:
-        return tasks.get(name)
+        task = tasks.get(name)
     except KeyError:
         raise UnknownTask(f"There is no task {name!r}: {spec.nearest(name, tasks.TASKS)}") from None
+    if task.KIND == tasks.READS:
+        raise ConfigFailure(
+            f"Rows of {name} have a likelihood and no score: there is nothing to score again.",
+            "Count its perplexities anew from the rows: gpu report RUN",
+        )
+    return task
+
+
+def _verdict(request: Request, task: Task, number: int, row: dict[str, Any]) -> tasks.Verdict:
+    """What the task's rules say of a row: of its completion, or of the likelihoods of its choices."""
+    if task.KIND == tasks.CHOOSES:
+        return _chosen(request, number, row)
+    completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
+    ended = row.get("finish_reason")
+    return cast(Generates, task).score(Reply(completion, ended if isinstance(ended, str) else None), target)
+
+
+def _chosen(request: Request, number: int, row: dict[str, Any]) -> tasks.Verdict:
+    """The choice each rule takes, from the likelihoods and the choices that stand in the row."""
+    logliks, choices, target = (row.get(name) for name in ("logliks", "choices", request.target))
+    try:
+        answers = choosing.answers([float(loglik) for loglik in logliks or ()], choices or ())
+        scores = choosing.scores(answers, int(target))  # type: ignore[arg-type]  # None is a TypeError
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise BadRecord(
+            f"{request.path}, line {number}: 'logliks' and 'choices' must be lists of numbers and of texts, equally "
+            f"long, and {request.target!r} the number of the right choice.",
+            "Rows of a run of this task have them; no others can be scored again by it.",
+        ) from error
+    return tasks.Verdict({rule: str(answer) for rule, answer in answers.items()}, dict(scores))
 
 
 def _scored(request: Request, task: Task) -> _Tally:
     tally = _Tally(tuple(task.RULES))
+    answered = "logliks" if task.KIND == tasks.CHOOSES else request.completion
     index = 0
     for number, line in _lines(request.path):
         row = _row(request.path, number, line)
@@ -112,11 +165,10 @@ def _scored(request: Request, task: Task) -> _Tally:
             tally.ignored_last_line = True
             continue
         tally.replace(row.get("key"))
-        if row.get("error") is not None and row.get(request.completion) is None:
+        if row.get("error") is not None and row.get(answered) is None:
             tally.add_failed(index, row.get("key"))
         else:
-            completion, target = (_text(request, number, row, name) for name in (request.completion, request.target))
-            tally.add(index, task.score(completion, target))
+            tally.add(index, _verdict(request, task, number, row))
         index += 1
     if index == 0:
         cut = " Its only line is not JSON." if tally.ignored_last_line else ""
@@ -187,6 +239,7 @@ def _document(request: Request, tally: _Tally) -> Iterator[str]:
         "n": len(tally.scores),
         "rules": counts,
         "ignored_last_line": tally.ignored_last_line,
+        "not_installed": tasks.lacking(request.task),
         "disagreements": tally.disagreements,
     }
     yield json.dumps(head)[:-1] + ', "rows": ['

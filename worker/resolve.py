@@ -6,11 +6,13 @@ import hashlib
 from typing import Any
 
 from jobs import durable, rundir, spec
-from worker import models
+from worker import engines
 from worker.failures import FingerprintChanged
 from worker.plan import Prepared
 
-_SAMPLING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", "instruction", "split")
+_GENERATING = ("temperature", "top_p", "max_new_tokens", "stop", "seed", "shots", "instruction", "split")
+_WEIGHING = ("shots", "split")
+"""Parameters that change what a row says, of tasks that generate and of those that compare likelihoods."""
 
 
 def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
@@ -43,13 +45,13 @@ def list_examples(run: rundir.Run, prepared: Prepared) -> None:
 def resolved(prepared: Prepared) -> dict[str, Any]:
     """The document of resolved.json; `identity` is what the fingerprint is taken of."""
     identity = _identity(prepared)
-    warnings = [finding.message for finding in prepared.findings if finding.level == "warning"]
+    warnings = [finding.message for finding in prepared.asked.findings if finding.level == "warning"]
     return {
         "fingerprint": hashlib.sha256(spec.canonical(identity)).hexdigest(),
         "identity": identity,
-        "device": str(models.choose_device(prepared.request.device)),
+        "device": engines.device(prepared.engine, prepared.request),
         "model": prepared.params["model"],
-        "first_prompt": prepared.first_prompt,
+        "first_prompt": prepared.asked.first_prompt,
         "warnings": warnings,
         "rules": list(prepared.task.RULES),
         "headline": prepared.task.HEADLINE,
@@ -58,20 +60,23 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
     """Everything that changes what a key's row says. Batch size, paths, device and the number of samples do not."""
-    request = prepared.request
-    device = models.choose_device(request.device)
     return {
         "task": prepared.task.NAME,
         "task_version": prepared.task.VERSION,
-        "model_digest": models.digest(request.model, request.revision),
-        "adapter_digest": models.digest(request.adapter, None) if request.adapter else None,
+        **engines.identity(prepared.engine, prepared.request),
         "template_digest": prepared.renderer.template_digest,
         "dataset_digest": prepared.dataset_digest,
         "shots_digest": prepared.shots_digest,
-        "engine": "hf",
-        "dtype": str(models.choose_dtype(request.dtype, device)).removeprefix("torch."),
-        **{name: prepared.params[name] for name in _SAMPLING},
+        **_settings(prepared),
     }
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """The parameters among it; of a length left to us, what it became."""
+    params, length = prepared.params, prepared.asked.max_length
+    names = [*(_GENERATING if length is None else _WEIGHING), *prepared.task.OPTIONS]
+    found = {name: params[name] for name in names if name in params}
+    return found if length is None else {**found, "max_length": length}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> str:

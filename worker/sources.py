@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import datetime
 import decimal
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
@@ -20,10 +22,17 @@ from worker.failures import BadRecord, ConfigFailure
 GENERATED = "generated"
 """The dataset that needs neither file nor network: problems made by `worker.problems`."""
 
-HUB_PINS = {"openai/gsm8k": ("main", "e53f048856ff4f594e959d75785d2c2d37b678ee")}
-"""Hub datasets with their configuration, and the commit that is read unless another revision is asked for."""
+HUB_PINS: dict[str, tuple[str, str | None]] = {
+    "openai/gsm8k": ("main", "e53f048856ff4f594e959d75785d2c2d37b678ee"),
+    "cais/mmlu": ("all", None),
+    "allenai/ai2_arc": ("ARC-Challenge", None),
+    "EleutherAI/wikitext_document_level": ("wikitext-2-raw-v1", None),
+}
+"""Hub datasets with their configuration, and the commit that is read unless another revision is asked for (None: the
+newest; should its rows change, so does the fingerprint)."""
 
-_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".csv", ".txt")
+_SPLIT_SUFFIX = re.compile(r"_(test|dev|val|validation|train)$")
 _FILE_SUFFIX = re.compile(
     r"\.(jsonl|ndjson|json|parquet|csv|tsv|txt|ya?ml|xlsx?|arrow|gz|bz2|xz|zst|zip)$", re.IGNORECASE
 )
@@ -37,6 +46,10 @@ class Source:
     dataset: str
     split: str = "test"
     revision: str | None = None
+    columns: tuple[str, ...] = ()
+    """Of a .csv file that has no header: one whose first line holds none of these names."""
+    with_choices: bool = False
+    """Whether generated problems come with choices, for tasks that weigh them."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,19 @@ class Records:
 def load(source: Source) -> Records:
     """Read every record of a source; raises ConfigFailure (BadRecord where a line or row is to blame).
 
-    Of a path, the split is only a label: the file is read whole. Reads the network only for a Hub name.
+    Of a file, the split is only a label: it is read whole. A folder has one folder for each split, with a file for
+    each subject, which a row then names. Reads the network only for a Hub name.
     """
     if source.dataset == GENERATED:
         from worker import problems
 
-        return _records(problems.records(source.split), f"the generated problems ({source.split})")
+        made = problems.quizzes(source.split) if source.with_choices else problems.records(source.split)
+        return _records(made, f"the generated problems ({source.split})")
     if is_path(source.dataset):
-        return _records(_read_file(Path(source.dataset).expanduser(), source.dataset), source.dataset)
+        path = Path(source.dataset).expanduser()
+        if has_split(source.dataset, source.split):
+            return _records(_read_folder(path / source.split, source), f"{source.dataset} ({source.split})")
+        return _records(_read_file(path, source.dataset, source.columns), source.dataset)
     return _records(_read_hub(source), f"{source.dataset} ({source.split})")
 
 
@@ -76,6 +94,11 @@ def is_path(dataset: str) -> bool:
         or _FILE_SUFFIX.search(dataset) is not None
         or Path(dataset).exists()
     )
+
+
+def has_split(dataset: str, split: str) -> bool:
+    """Whether a dataset is a folder here that has a folder of that split."""
+    return bool(split) and (Path(dataset).expanduser() / split).is_dir()
 
 
 def _records(rows: list[Any], name: str) -> Records:
@@ -120,17 +143,23 @@ def _kind(value: Any) -> str:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, name: str) -> list[Any]:
+def _read_folder(folder: Path, source: Source) -> list[Any]:
+    """The rows of every file of a split, by name; `anatomy_test.csv` holds the subject anatomy."""
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(_SUFFIXES))
+    return [row for path in files for row in _read_file(path, f"{source.dataset}/{path.name}", source.columns)]
+
+
+def _read_file(path: Path, name: str, columns: tuple[str, ...]) -> list[Any]:
     if not path.exists():
         raise ConfigFailure(
             f"The dataset file {name} does not exist.",
             "Check the path; a run on another machine carries it with --need PATH.",
         )
     if path.is_dir():
-        files = sorted(found.name for found in path.iterdir() if found.name.lower().endswith(_SUFFIXES))
+        found = sorted(one.name for one in path.iterdir() if one.is_dir() or one.name.lower().endswith(_SUFFIXES))
         raise ConfigFailure(
-            f"The dataset {name} is a folder, not a file.",
-            f"Name one of its files: {', '.join(files[:5])}." if files else "",
+            f"The dataset {name} is a folder, not a file, and has no folder of the split that is asked for.",
+            f"Name one of its files or splits: {', '.join(found[:5])}." if found else "",
         )
     suffix = next((suffix for suffix in _SUFFIXES if path.name.lower().endswith(suffix)), None)
     if suffix is None:
@@ -141,7 +170,25 @@ def _read_file(path: Path, name: str) -> list[Any]:
     if suffix == ".parquet":
         return _read_parquet(path, name)
     text = _text(_bytes(path, name, zipped=suffix.endswith(".gz")), name)
+    if suffix == ".txt":
+        return [{"text": text}]
+    if suffix == ".csv":
+        return _table(text, name, columns, _SPLIT_SUFFIX.sub("", path.stem))
     return _json_lines(text, name) if suffix.startswith(".jsonl") else _json_document(text, name)
+
+
+def _table(text: str, name: str, columns: tuple[str, ...], subject: str) -> list[Any]:
+    """A row for each line of a CSV file, with the subject that the file's name tells where no column does."""
+    lines = [line for line in csv.reader(io.StringIO(text, newline="")) if line]
+    if not columns or set(columns) & set(lines[0]):
+        columns, lines = tuple(lines[0]), lines[1:]
+    for number, line in enumerate(lines, start=1):
+        if len(line) != len(columns):
+            raise BadRecord(
+                f"{name}, row {number}: {len(line)} columns, not {len(columns)} ({', '.join(columns)}).",
+                "Put texts that hold a comma or a newline in quotes.",
+            )
+    return [{"subject": subject, **dict(zip(columns, line, strict=True))} for line in lines]
 
 
 def _bytes(path: Path, name: str, *, zipped: bool) -> bytes:

@@ -250,7 +250,8 @@ class Supervisor:
         tick()
         left = processes.sweep()
         held = self._claims.devices if self._claims else []
-        not_free = devices.free_again(held, self._memory_before, str(self.run.folder), tick)
+        folder = str(self.run.folder)
+        not_free = devices.free_again(held, self._memory_before, lambda: processes.marked(folder), tick)
         said = durable.load_json(attempt.failure) or {}
         outcome = self._judge(attempt, code, pace.good + self._new_steps(attempt), said)
         if left:
@@ -294,7 +295,9 @@ class Supervisor:
         if said:
             return _outcome("failed", said["kind"], said["message"], said["hint"])
         if not self.order.restarts:
-            return _outcome("failed", "command", f"The command {_how(code)}. Last words: {last_words(attempt.log)}")
+            return _outcome(
+                "failed", "command", f"The command {processes.ending(code)}. Last words: {last_words(attempt.log)}"
+            )
         self.crashes_without_row = 0 if good else self.crashes_without_row + (code > 0)
         self.kills_without_row = 0 if good else self.kills_without_row + (code < 0)
         give_up = (
@@ -302,16 +305,10 @@ class Supervisor:
             or self.kills_without_row >= KILLS_WITHOUT_ROW_MAX
             or attempt.number >= ATTEMPTS_MAX
         )
-        message = f"The worker {_how(code)} in attempt {attempt.number}. Last words: {last_words(attempt.log)}"
+        message = (
+            f"The worker {processes.ending(code)} in attempt {attempt.number}. Last words: {last_words(attempt.log)}"
+        )
         return {**_outcome("crashed", "crash", message), "restarting": not give_up}
-
-
-def _how(code: int) -> str:
-    """How a process ended that did not end well."""
-    if code > 0:
-        return f"ended with exit code {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"was killed by {name} ({signal.strsignal(-code) or 'no name'})"
 
 
 def _not_started(error: OSError) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def _show(found: Mapping[str, Any]) -> None:
         ]
         for each in found["runs"]
     ]
-    output.columns(["RUN", "MODEL", "SCORE", "95 % INTERVAL", "SCORED"], lines)
+    output.columns(
+        ["RUN", "MODEL", found["runs"][0]["measure"].replace("_", " ").upper(), "95 % INTERVAL", "SCORED"], lines
+    )
     for each in found["comparisons"]:
         _show_one(each)
 

@@ -8,7 +8,7 @@ import click
 
 from jobs import durable
 from orchestrator import outs, rescoring, runs, summary
-from orchestrator.cli import completion, output
+from orchestrator.cli import cloud, completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 
@@ -45,14 +45,15 @@ def report(name: str | None, in_browser: bool, as_json: bool) -> None:
 @click.option("--task", required=True, help="The benchmark whose rules are applied, such as gsm8k.")
 @click.option("--completion", default="completion", show_default=True, help="Field that holds the completion.")
 @click.option("--target", default="target", show_default=True, help="Field that holds the right answer.")
+@click.option("-y", "--yes", is_flag=True, help="Run what the model wrote, where the task does that, without asking.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def rescore(what: str, task: str, completion: str, target: str, as_json: bool) -> None:
+def rescore(what: str, task: str, completion: str, target: str, *, yes: bool, as_json: bool) -> None:
     """Score completions that exist already, by every rule of a task; no model is needed.
 
     \b
     Example:  gpu rescore completions.jsonl --task gsm8k --completion text --target answer
     """
-    found = rescoring.rescore(what, task, completion, target)
+    found = rescoring.rescore(what, rescoring.Fields(task, completion, target), lambda words: cloud.agree(words, yes))
     if as_json:
         output.document(found)
         return
@@ -62,6 +63,8 @@ def rescore(what: str, task: str, completion: str, target: str, as_json: bool) -
     ]
     output.columns(["RULE", "CORRECT", "SCORED", "UNSCORED", "SHARE"], lines)
     _show_disagreements(found["disagreements"])
+    if found["not_installed"]:
+        click.echo(f"\nNot every rule could be applied here. Install: {' '.join(found['not_installed'])}", err=True)
 
 
 def load_summary(run: Run) -> dict[str, Any]:
@@ -78,11 +81,13 @@ def show(run: Run) -> None:
     if "training" in found:
         _show_training(run, found)
         return
+    made = f"{found['tokens_out']} tokens in" if found["tokens_out"] else "made in"
     click.echo(
         f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
-        f"{found['tokens_out']} tokens in {found['seconds']:.1f} s"
+        f"{made} {found['seconds']:.1f} s"
     )
-    for title, block in (("SELECTION", found["selection"]), ("METRIC", found["metrics"])):
+    selection = found["selection"] if found["tokens_out"] or not found["scored"] else {}  # nothing generated: no choice
+    for title, block in (("SELECTION", selection), ("METRIC", found["metrics"])):
         lines = [
             [name, output.number(entry["value"]), output.number(entry["stderr"]), _interval(entry["ci95"])]
             for name, entry in block.items()

@@ -378,11 +378,11 @@ def _show_check(found: dict[str, Any], as_json: bool) -> None:
         output.document(found)
     else:
         click.echo(f"The first prompt:\n{plain(found['first_prompt'])}\n")
-        work = f"{found['steps_total']} steps" if "steps_total" in found else f"{found['rows_total']} completions"
+        work = f"{found['steps_total']} steps" if "steps_total" in found else f"{found['rows_total']} rows"
         click.echo(f"{found['examples']} examples, {work} to make.")
         for finding in found["findings"]:
             click.echo(f"{finding['level']}: {plain(finding['message'])}\n  {finding['hint']}")
         if not found["findings"]:
-            click.echo("The prompts look right. Nothing was generated.")
+            click.echo("The prompts look right. Nothing was made.")
     if any(finding["level"] == "error" for finding in found["findings"]):
         raise click.exceptions.Exit(errors.ConfigError.exit_code)

@@ -101,7 +101,8 @@ def look(document: Mapping[str, Any], prompt_tokens: int | None = None) -> Prefl
     """
     params = document["params"]
     name = params.get("model")
-    if document["story"] == "command" or not isinstance(name, str) or name == _BUILT_IN:
+    is_elsewhere = params.get("engine") == "openai" and not params.get("server")  # with the server, on its own machine
+    if document["story"] == "command" or is_elsewhere or not isinstance(name, str) or name == _BUILT_IN:
         return Preflight()
     asked = f"model={name}"
     found: list[Finding] = []

@@ -5,7 +5,7 @@
   const MARKS_MAX = 10; // more candidates than this are counted, not drawn one by one
   const LIT_MAX = 200; // matches lit up in one text
   const START = { q: "", show: "all", subject: "", sort: "problem", page: 1 };
-  const SIGNS = { right: "✓", wrong: "✗", part: "≈", unscored: "–" };
+  const SIGNS = { right: "✓", wrong: "✗", part: "≈", unscored: "–", read: "·" };
   const byId = (id) => document.getElementById(id);
   const known = (value) => value !== null && value !== undefined;
   const number = new Intl.NumberFormat("en");
@@ -32,7 +32,7 @@
   let visible = [];
 
   const verdict = (candidate) =>
-    !known(candidate.score) ? "unscored" : candidate.score >= 1 ? "right" : candidate.score > 0 ? "part" : "wrong";
+    !known(candidate.score) ? (known(candidate.nats) ? "read" : "unscored") : candidate.score >= 1 ? "right" : candidate.score > 0 ? "part" : "wrong";
   /** A text as it is searched: a cut one is [start, characters cut, end]. */
   const flat = (text) => (!known(text) ? "" : Array.isArray(text) ? `${text[0]} … ${text[2]}` : text);
 
@@ -229,7 +229,7 @@
   function candidateCard(example, candidate, at) {
     const mark = example.marks[at];
     const partly = mark === "part" ? ` ${number.format(candidate.score)}` : "";
-    const word = { right: "right", wrong: "wrong", part: "partly right", unscored: "not scored" }[mark];
+    const word = { right: "right", wrong: "wrong", part: "partly right", unscored: "not scored", read: "read" }[mark];
     const tags = [el("span", { class: `tag ${mark}` }, `${SIGNS[mark]} ${word}${partly}`)];
     for (const pick of example.picks) {
       const score = pick.scores ? pick.scores[candidate.n] : null;
@@ -247,11 +247,12 @@
       "article",
       { class: `candidate ${mark}` },
       el("header", {}, el("h4", {}, `Answer ${at + 1}`), tags),
-      known(candidate.answer) || !known(candidate.error) ? el("p", { class: "found" }, el("span", { class: "key" }, "Extracted"), answer) : null,
+      known(candidate.answer) || !(known(candidate.error) || known(candidate.nats)) ? el("p", { class: "found" }, el("span", { class: "key" }, "Extracted"), answer) : null,
       rulesOf(candidate),
       known(candidate.error) ? el("div", { class: "error" }, lit(flat(candidate.error))) : null,
       known(candidate.text) ? prose(candidate.text, `Completion ${at + 1}`) : null,
-      candidate.logliks ? el("ol", { class: "logliks", start: "0", "aria-label": "Log-likelihood of each choice" }, candidate.logliks.map((each) => el("li", {}, known(each) ? each.toFixed(3) : "–"))) : null,
+      candidate.logliks ? el("ol", { class: "logliks", start: "0", "aria-label": "Log-likelihood of each choice" }, candidate.logliks.map((each, place) => el("li", {}, known(each) ? each.toFixed(3) : "–", candidate.choices && known(candidate.choices[place]) ? [" ", el("bdi", {}, flat(candidate.choices[place]))] : null))) : null,
+      known(candidate.nats) ? el("p", { class: "found" }, el("span", { class: "key" }, "Perplexity by token"), el("bdi", { class: "answer" }, number.format(Math.exp(candidate.nats)))) : null,
       facts.length ? el("footer", {}, facts.join(" · ")) : null,
     );
   }

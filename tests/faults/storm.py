@@ -94,12 +94,21 @@ def written(run: Run) -> int:
     )
 
 
-def essence(run: Run) -> Iterator[tuple[str, ...]]:
-    """What must not depend on interruptions, of every final row, sorted; asserts that no key stands twice."""
+def essence(run: Run, same: tuple[str, ...] = SAME) -> Iterator[tuple[str, ...]]:
+    """What must not depend on interruptions, of every final row, sorted; asserts that no key stands twice.
+
+    Likelihoods are told to a millionth: they move in their last digits with the batch.
+    """
     lines = [rows.decode(line) for _, line in rows.whole_lines(run.home.rows)]
     assert len(lines) == len({row["key"] for row in lines}), "a key stands twice"
     for row in sorted(lines, key=lambda row: row["key"]):
-        yield tuple(repr(row[name]) for name in SAME)
+        yield tuple(repr(_rounded(row[name])) for name in same)
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def uninterrupted(words: list[str]) -> Run:

@@ -29,6 +29,16 @@ def test_a_killed_evaluation_ends_as_if_nothing_had_happened(trained: None) -> N
     assert_same([*EXACT, "--limit", "60"], total=300, kills=4, seed=20)
 
 
+@pytest.mark.parametrize(
+    ("job", "total"), [("eval-math", 100), ("eval-humaneval", 60), ("eval-generation", 80), ("eval-prompts", 100)]
+)
+def test_every_job_that_grades_what_was_generated_can_be_killed(trained: None, job: str, total: int) -> None:
+    """Killed at 2 random moments, each such job ends with the rows of a run that was left alone."""
+    samples = {"eval-math": 5, "eval-humaneval": 20, "eval-generation": 5, "eval-prompts": 20}[job]
+    words = [job, *EXACT[1:], "--set", f"samples={samples}", "--set", "temperature=0.7", "--limit", "20"]
+    assert_same(words, total=total, kills=2, seed=5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [1, 2])

@@ -167,7 +167,7 @@ def test_likelihood_rows_have_no_completion_metrics() -> None:
         {"example_id": "b", "sample_index": 0, "score": 0.0, "error": None, "scores": {"acc": 0.0}},
     ]
     found = metrics.summarise(rows)["metrics"]
-    assert set(found) == {"acc", "acc_norm", "pass@1"}
+    assert set(found) == {"acc", "acc_norm"}
     assert (found["acc"]["value"], found["acc_norm"]["value"], found["acc_norm"]["n"]) == (0.5, 0.0, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def test_a_difference_below_the_measured_noise_is_noise() -> None:
     durable.save_json(folder / "summary.json", told | {"noise": {"n": 50, "flips": 25}})
     (found,) = document("compare", "old", "new")["comparisons"]
     assert (found["verdict"], round(found["noise_floor"], 3)) == ("noise", 0.219)
+
+
+def test_texts_that_were_read_are_compared_by_their_bits() -> None:
+    """Of perplexities the bits per byte are compared, text by text; fewer are better."""
+    for name, nats in (("old", 2.0), ("new", 1.0)):
+        folder = Path(name)
+        folder.mkdir()
+        durable.save_json(folder / "job.json", {"job": "eval-perplexity", "task": "perplexity", "params": {}})
+        with rows.Appender(folder / "rows.jsonl") as out:
+            for index in range(12):
+                read = {"loglik": -nats * (10 + index), "tokens": 5, "words": 3, "bytes": 10 + index, "score": None}
+                key = {"key": f"perplexity/test/e{index}#0", "example_id": f"e{index}", "sample_index": 0}
+                out.append({**key, "error": None, **read})
+    (found,) = document("compare", "old", "new")["comparisons"]
+    assert found["difference"] == pytest.approx(-1 / math.log(2))
+    assert (found["verdict"], found["n"]) == ("better", 12)
+    said = gpu("compare", "old", "new").stdout
+    assert "BITS PER BYTE" in said
+    assert "12 score lower" in said
 
 
 def test_the_scores_are_written_as_a_table() -> None:

@@ -105,8 +105,8 @@ def test_a_training_comes_home_and_its_adapter_is_put_to_use(trained: None) -> N
 
 def test_killed_and_resumed_it_ends_as_if_left_alone(trained: None) -> None:
     """The worker is killed, then everything; what is resumed makes the same steps and the same adapter."""
-    expected = calm(steps=120)
-    command, run = begun(*words("-q", steps=120))
+    expected = calm(steps=60)
+    command, run = begun(*words("-q", steps=60))
     here = on_this_computer(run)
     until(lambda: here.checkpoints(), 90)
     pids = durable.load_json(here.attempt(1).pids)
@@ -126,10 +126,10 @@ def test_killed_and_resumed_it_ends_as_if_left_alone(trained: None) -> None:
 
 def test_stopped_it_saves_and_goes_on_on_another_machine(trained: None, models: Path, box: Callable[..., Sshd]) -> None:
     """`gpu stop` saves at once; the checkpoint is home, travels to the next machine, and nothing is done twice."""
-    expected = calm(steps=400, save_every=1000)
+    expected = calm(steps=150, save_every=1000)
     there = box("box")
     free_copy(models, there.home / ".gpu" / "models")
-    command, run = begun(*words("-q", "--on", "local", steps=400, save_every=1000))
+    command, run = begun(*words("-q", "--on", "local", steps=150, save_every=1000))
     here = on_this_computer(run)
     until(lambda: steps_in(here) > 5, 90)
     gpu("stop", run.run_id, "--grace", "60")

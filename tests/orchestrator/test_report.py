@@ -359,15 +359,6 @@ def test_the_problem_is_what_the_user_asked_last():
     assert page([row(messages=[])]).data["examples"][0]["prompt"] is None
 
 
-def test_likelihood_rows_show_their_choice():
-    """A row without a completion shows its prediction and log-likelihoods, and is not counted as without answer."""
-    choice = row(completion=None, answer=None, finish_reason=None, prediction=2, logliks=[-3.5, float("-inf"), -1.25])
-    shown = page([choice])
-    candidate = shown.data["examples"][0]["candidates"][0]
-    assert (candidate["answer"], candidate["logliks"]) == ("2", [-3.5, None, -1.25])
-    assert "no answer was found" not in shown.text
-
-
 def test_generations_of_a_self_improvement_run_are_listed():
     """Each generation stands with accuracy, interval, change and whether its adapter was kept."""
     told = {"generation": 2, "accuracy": 0.45, "ci95": [0.26, 0.66], "confidence": 0.91, "change": 0.25}

@@ -48,9 +48,9 @@ def start(run: Run, expect_attempt: int = 0, **order: Any) -> dict[str, Any]:
     return ask(run, "start", data=spec.canonical({"job": run.job(), "order": known | order}))
 
 
-def ended(run: Run) -> rundir.Seal:
+def ended(run: Run, within_s: float = 30.0) -> rundir.Seal:
     """The seal of the run, once it has ended."""
-    answer = until(lambda: (found := ask(run, "state"))["state"] == "ended" and found)
+    answer = until(lambda: (found := ask(run, "state"))["state"] == "ended" and found, within_s)
     return rundir.Seal(**answer["seal"])
 
 

@@ -379,7 +379,7 @@ def test_what_keeps_a_gpu_open_is_ended(driver: Driver, tmp_path: Path, monkeypa
         theirs = subprocess.Popen(["sleep", "1000"], stdin=file, env=other)
     apart = subprocess.Popen(["sleep", "1000"], env=marked)
     until(lambda: {ours.pid, apart.pid} <= set(processes.marked("ours")))
-    assert devices.free_again(["0"], {"0": 100}, "ours", lambda: None) == ""
+    assert devices.free_again(["0"], {"0": 100}, lambda: processes.marked("ours"), lambda: None) == ""
     assert ours.wait() == -signal.SIGKILL
     for child in (theirs, apart):
         assert child.poll() is None
@@ -392,5 +392,5 @@ def test_memory_that_is_given_back_late_is_waited_for(driver: Driver, monkeypatc
     driver.says(1, [5000])
     ticks = iter([lambda: None, lambda: driver.says(1, [300])])
     monkeypatch.setattr(devices, "_PAUSE_S", 0.01)
-    assert devices.free_again(["0"], {"0": 100}, "none", lambda: next(ticks)()) == ""
+    assert devices.free_again(["0"], {"0": 100}, list, lambda: next(ticks)()) == ""
     assert next(ticks, None) is None

@@ -15,6 +15,7 @@ from worker.failures import ConfigFailure
 from worker.generators import Completion, Prompt, Sampling, hf
 from worker.generators.noise import draw, row_key
 from worker.generators.slots import GROWTH_COLUMNS, Slots
+from worker.generators.texts import Texts
 from worker.models import LoadedModel
 
 GREEDY = Sampling(temperature=0, top_p=1, max_new_tokens=24)
@@ -216,10 +217,20 @@ def test_a_completion_is_cut_before_the_first_stop_string() -> None:
             assert got.tokens_out < whole[prompt.key].tokens_out or text.endswith(stop)
 
 
+def test_the_token_that_ends_a_text_is_not_in_it() -> None:
+    """An end token is counted and not shown, also one that is an ordinary word of the tokenizer."""
+    words, prompt = tokenizer(), Prompt("k", (5, 6, 7), 0)
+    ids = words("ab!")["input_ids"]
+    ended = Texts(words, frozenset(ids[-1:]), ()).completion(prompt, ids)
+    assert (ended.text, ended.finish_reason, ended.tokens_in, ended.tokens_out) == ("ab", "stop", 3, 3)
+    cut = Texts(words, frozenset(), ()).completion(prompt, ids)
+    assert (cut.text, cut.finish_reason) == ("ab!", "length")
+
+
 def test_of_two_stop_strings_the_first_in_the_text_counts() -> None:
     """When one token completes two of them, the text ends before the one that begins earlier."""
     words = tokenizer()
-    ending = hf.Ending(words, frozenset(), Sampling(0, 1, 100, stop=("c", "bc")))
+    ending = hf.Ending(Texts(words, frozenset(), ("c", "bc")), 100)
     row = hf.Row(Prompt("k", (1,), 0))
     results = [ending.completion(row, token) for token in words("abc")["input_ids"]]
     assert results == [None, None, Completion("a", "stop", 1, 3)]
@@ -230,7 +241,7 @@ def test_a_stop_string_in_many_bytes_is_found() -> None:
     text_of = tokenizer()
     stop = "é→"
     ids = text_of("abé→cd")["input_ids"]
-    ending = hf.Ending(text_of, frozenset(), Sampling(0, 1, 100, stop=(stop,)))
+    ending = hf.Ending(Texts(text_of, frozenset(), (stop,)), 100)
     row = hf.Row(Prompt("k", (1,), 0))
     results = [ending.completion(row, token) for token in ids[: len(text_of("abé→")["input_ids"])]]
     assert results[:-1] == [None] * (len(results) - 1)

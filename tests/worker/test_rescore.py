@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from worker.tasks import humaneval
+
 WORKER = Path(__file__).parents[2] / "worker" / "__main__.py"
 GOLD = "3*4=<<3*4=12>>12\n#### 12"
 LINES = [
@@ -26,7 +28,7 @@ SCORES = [
 ]
 
 
-def rescore(path: Path, **changed: str) -> tuple[int, Any]:
+def rescore(path: Path, **changed: str | bool) -> tuple[int, Any]:
     """The exit code and the document of a rescoring child; extra words replace those of the request."""
     asked = {"task": "gsm8k", "path": str(path), "completion": "text", "target": "gold", **changed}
     words = [sys.executable, "-I", "-S", str(WORKER), "rescore"]
@@ -147,3 +149,55 @@ def test_a_hundred_thousand_rows_take_seconds(tmp_path: Path) -> None:
     cpu_s, peak_mib = map(float, done.stderr.split())
     assert cpu_s <= 20
     assert peak_mib <= 100
+
+
+def test_choices_are_taken_again_from_their_likelihoods(tmp_path: Path) -> None:
+    """Rows of weighed choices are scored again by every rule; an error row stays unscored, other rows are refused."""
+    row = {"key": "a#0", "error": None, "logliks": [-4.0, -5.0], "choices": ["ab", "abcd"], "target": 1}
+    lines = [row, {"key": "b#0", "error": "too large", "logliks": None, "choices": ["a", "b"], "target": 0}]
+    code, found = rescore(written(tmp_path / "a.jsonl", lines), task="arc", target="target")
+    assert code == 0
+    assert found["rules"]["acc"] == {"correct": 0, "scored": 1, "unscored": 1}
+    assert found["rules"]["acc_norm"] == {"correct": 1, "scored": 1, "unscored": 1}
+    assert [line["answers"] for line in found["disagreements"]] == [{"acc": "0", "acc_norm": "1", "acc_bytes": "1"}]
+    for broken in ({"logliks": [1.0]}, {"choices": ["", "b"]}, {"target": None}):
+        code, found = rescore(written(tmp_path / "b.jsonl", [{**row, **broken}]), task="arc", target="target")
+        assert code == 3
+        assert "line 1: 'logliks' and 'choices'" in found["failed"]["message"]
+
+
+def test_texts_that_were_read_have_nothing_to_score(tmp_path: Path) -> None:
+    """Perplexity is counted from rows, not scored: that is said, with the command that counts."""
+    code, found = rescore(written(tmp_path / "a.jsonl", LINES), task="perplexity")
+    assert code == 3
+    assert "gpu report" in found["failed"]["hint"]
+
+
+def test_what_a_model_wrote_is_run_only_when_that_is_allowed(tmp_path: Path) -> None:
+    """Scoring programs again is refused with what would happen and how to say yes; with it, they run in the sandbox."""
+    (record, *_) = [json.loads(line) for line in Path(humaneval.SAMPLE).read_text().splitlines()]
+    (example,) = humaneval.examples([record])
+    rows = [{"text": text, "gold": example.target} for text in (record["canonical_solution"], "    return None\n")]
+    path = written(tmp_path / "a.jsonl", rows)
+    code, found = rescore(path, task="humaneval")
+    assert (code, found["failed"]["kind"]) == (3, "consent")
+    assert "walls" in found["failed"]["message"]
+    code, found = rescore(path, task="humaneval", allow=True)
+    assert (code, found["rules"]["passed"]) == (0, {"correct": 1, "scored": 2, "unscored": 0})
+
+
+def test_a_row_says_why_its_completion_ended(tmp_path: Path) -> None:
+    """The finish reason of a row is scored again as it was in the run."""
+    rows = [{"text": "One two three.", "gold": '{"language":null}', "finish_reason": why} for why in ("stop", "length")]
+    code, found = rescore(written(tmp_path / "a.jsonl", rows), task="generation")
+    assert (code, found["rules"]["stops"]) == (0, {"correct": 1, "scored": 2, "unscored": 0})
+
+
+def test_a_rule_without_its_package_is_unscored_and_told_of(tmp_path: Path) -> None:
+    """Where math-verify is missing, as without site packages, the other rule scores, and what to install is said."""
+    code, found = rescore(written(tmp_path / "a.jsonl", [{"text": r"\boxed{2}", "gold": r"\boxed{2}"}]), task="math")
+    assert code == 0
+    assert found["rules"]["exact_match"] == {"correct": 1, "scored": 1, "unscored": 0}
+    assert found["rules"]["math_verify"] == {"correct": 0, "scored": 0, "unscored": 1}
+    assert found["not_installed"] == ["math-verify[antlr4-11-0]"]
+    assert found["disagreements"] == []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import rundir, shares, spec
-from worker import plan
+from worker import plan, resolve
 from worker.expectation import Watch
 from worker.failures import OutOfExpectation
 
@@ -19,10 +21,15 @@ def job() -> dict[str, Any]:
     return {"job": "eval-gsm8k", "story": "evaluate", "task": "gsm8k", "params": params, "limit": 5}
 
 
+def consume(made: Iterable[object]) -> None:
+    """Take all there is."""
+    deque(made, maxlen=0)
+
+
 def items(job: dict[str, Any], scratch: Path) -> dict[str, tuple[Any, ...]]:
     prepared = plan.rehearse(job, scratch, lambda _: None)
     assert len(prepared.example_ids) == 5
-    assert prepared.first_prompt
+    assert prepared.asked.first_prompt
     return {item.key: (item.prompt.seed, tuple(item.prompt.token_ids), item.asked) for item in prepared.items}
 
 
@@ -52,3 +59,30 @@ def test_several_watches_err_as_seldom_as_one(job: dict[str, Any], tmp_path: Pat
                 stopped.append(seen)
                 break
     assert stopped[0] < stopped[1]
+
+
+@pytest.mark.parametrize("name", ["mmlu", "arc", "hellaswag", "perplexity"])
+def test_shares_of_a_task_that_weighs_are_what_one_machine_asks(name: str, tmp_path: Path) -> None:
+    """Shares ask the queries of the whole, each once; dataset, shots and settings are the same for all of them."""
+    params = spec.load(spec.CATALOG / f"eval-{name}.toml").fill({})
+    job = {"job": f"eval-{name}", "story": "evaluate", "task": name, "params": params, "limit": 5}
+    whole = plan.rehearse(job, tmp_path, lambda _: None)
+    parts = [plan.rehearse({**job, "share": shares.every(n, 2)}, tmp_path, lambda _: None) for n in range(2)]
+    assert {item.key: item.prompt for part in parts for item in part.items} == {
+        item.key: item.prompt for item in whole.items
+    }
+    assert [len(part.items) for part in parts] == [3, 2]
+    for part in parts:
+        assert resolve.resolved(part)["fingerprint"] == resolve.resolved(whole)["fingerprint"]
+
+
+def test_a_watch_shows_the_choices_that_were_taken(tmp_path: Path) -> None:
+    """A score out of range stops a run that weighs choices too, and the message shows what was chosen."""
+    params = spec.load(spec.CATALOG / "eval-arc.toml").fill({})
+    job = {"job": "eval-arc", "story": "evaluate", "task": "arc", "params": params, "limit": 60}
+    prepared = plan.rehearse(job, tmp_path, lambda _: None)
+    watch = Watch("0.9..1.0", rundir.Run(tmp_path), prepared.items)
+    row = {"error": None, "score": 0.0, "answer": 0, "choices": ["my choice", "another"]}
+    rows = iter([{**row, "key": item.key, "example_id": item.example.id} for item in prepared.items])
+    with pytest.raises(OutOfExpectation, match="'my choice'"):
+        consume(map(watch.see, rows))

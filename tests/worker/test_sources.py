@@ -99,7 +99,9 @@ BAD = {
     "cut.jsonl.gz": (gzip.compress(LINES)[:-20], "cannot be unzipped"),
     "garbled.jsonl.gz": (gzip.compress(LINES)[:12] + b"\xff" * 40, "cannot be unzipped"),
     "plain.json.gz": (b"[]", "cannot be unzipped"),
-    "table.csv": (b"a,b\n", "suffix"),
+    "table.tsv": (b"a\tb\n", "suffix"),
+    "ragged.csv": (b"a,b\n1,2\n1,2,3\n", "row 2: 3 columns, not 2"),
+    "empty.csv": (b"a,b\n", "has no rows"),
     "no.parquet": (b"PAR1 not really", "cannot be read as Parquet"),
 }
 
@@ -300,3 +302,33 @@ def test_offline_is_said(tmp_path: Path) -> None:
     failure = ask("http://127.0.0.1:9", tmp_path, ("openai/gsm8k", "test", None), offline="1")
     assert "HF_HUB_OFFLINE" in failure["message"]
     assert "generated" in failure["hint"]
+
+
+def test_a_folder_of_a_split_is_its_files_each_with_its_subject(tmp_path: Path) -> None:
+    """Every file of the folder of a split is read, by name; a row without a subject has that of its file."""
+    for split in ("test", "dev"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"b_{split}.csv").write_text('question,n\n"Which,\nof two?",1\n', encoding="utf-8")
+        (tmp_path / split / f"a_{split}.csv").write_text("subject,question\nown,What?\n", encoding="utf-8")
+    found = sources.load(Source(str(tmp_path), "dev")).rows
+    assert found == [
+        {"subject": "own", "question": "What?"},
+        {"subject": "b", "question": "Which,\nof two?", "n": "1"},
+    ]
+    with pytest.raises(ConfigFailure, match="has no folder of the split"):
+        sources.load(Source(str(tmp_path), "train"))
+
+
+def test_a_table_without_header_is_named_by_its_task(tmp_path: Path) -> None:
+    """Where the first line of a .csv file holds none of the names given for its columns, it is a row."""
+    path = tmp_path / "law_test.csv"
+    path.write_text("What?,1\nWhich?,2\n", encoding="utf-8")
+    found = sources.load(Source(str(path), columns=("question", "answer"))).rows
+    assert found[0] == {"subject": "law", "question": "What?", "answer": "1"}
+    assert len(found) == 2
+
+
+def test_a_text_file_is_one_text(tmp_path: Path) -> None:
+    """A .txt file is one row, whatever lines it has."""
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert sources.load(Source(str(tmp_path / "a.txt"))).rows == [{"text": "one\n\ntwo\n"}]

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from worker.generators import Completion, Prompt, Sampling
+from worker.generators import Completion, Prompt, Sampling, failed
 from worker.generators.noise import NOT_A_TOKEN, draw, greedy, row_keys
 from worker.generators.slots import Block, Slots
+from worker.generators.texts import Texts
 from worker.models import SMALL_MODEL_PARAMETERS, LoadedModel, end_token_ids
 
 AUTO_BATCH_GPU, AUTO_BATCH_CPU, AUTO_BATCH_SMALL = 128, 16, 64
@@ -57,7 +58,8 @@ class HfGenerator:
 
         A prompt that does not fit into memory alone is completed with finish_reason `error`; the rest goes on.
         """
-        flight = Flight(self._slots, sampling, Ending(self._tokenizer, self._ends, sampling))
+        texts = Texts(self._tokenizer, self._ends, sampling.stop)
+        flight = Flight(self._slots, sampling, Ending(texts, sampling.max_new_tokens))
         queue = Queue(prompts, LOOK_AHEAD * self.batch_size)
         proven_size = self.batch_size
         while flight.rows or not queue.is_empty():
@@ -68,7 +70,7 @@ class HfGenerator:
             if trouble is None:
                 continue
             waiting = flight.drop()
-            _free_memory()
+            free_memory()
             if self.batch_size > 1:
                 self._note(f"Out of memory with a batch of {self.batch_size}; going on with half of it.")
                 self.batch_size //= 2
@@ -249,13 +251,11 @@ class Flight:
 class Ending:
     """Decides after each token whether a row is done, and with which text."""
 
-    def __init__(self, tokenizer: Any, ends: frozenset[int], sampling: Sampling) -> None:
-        self._tokenizer = tokenizer
-        self._ends = ends
-        self._limit = sampling.max_new_tokens
-        self._stops = tuple(stop for stop in sampling.stop if stop)
-        self._tail_tokens = TAIL_MARGIN + max((len(stop.encode()) for stop in self._stops), default=0)
-        self._last_characters = {stop[-1] for stop in self._stops} | {"\N{REPLACEMENT CHARACTER}"}
+    def __init__(self, texts: Texts, limit: int) -> None:
+        self._texts = texts
+        self._limit = limit
+        self._tail_tokens = TAIL_MARGIN + max((len(stop.encode()) for stop in texts.stops), default=0)
+        self._last_characters = {stop[-1] for stop in texts.stops} | {"\N{REPLACEMENT CHARACTER}"}
         self._completing: dict[int, bool] = {}
 
     def completion(self, row: Row, token: int) -> Completion | None:
@@ -263,48 +263,27 @@ class Ending:
         if token == NOT_A_TOKEN:
             return failed(row.prompt, "the model's scores are not numbers (NaN or infinite)", len(row.ids))
         row.ids.append(token)
-        if token in self._ends:
-            text, _ = self._cut(row.ids[:-1])
-            return self._completed(row, text, "stop")
-        if len(row.ids) < self._limit and not self._may_stop(row.ids):
+        is_last = token in self._texts.ends or len(row.ids) >= self._limit
+        if not is_last and not self._may_stop(row.ids):
             return None
-        text, stopped = self._cut(row.ids)
-        if stopped:
-            return self._completed(row, text, "stop")
-        return self._completed(row, text, "length") if len(row.ids) >= self._limit else None
-
-    def _completed(self, row: Row, text: str, reason: str) -> Completion:
-        return Completion(text, reason, len(row.prompt.token_ids), len(row.ids))
-
-    def _cut(self, ids: list[int]) -> tuple[str, bool]:
-        """The text of the tokens up to the first stop string, and whether there was one."""
-        text = self._decoded(ids)
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        return (text[: min(found)], True) if found else (text, False)
+        found = self._texts.completion(row.prompt, row.ids)
+        return found if is_last or found.finish_reason == "stop" else None
 
     def _may_stop(self, ids: list[int]) -> bool:
         """Whether a stop string may just have been completed; cheap, as it is asked for every token."""
-        if not self._stops:
+        if not self._texts.stops:
             return False
         token = ids[-1]
         if token not in self._completing:
-            piece = self._decoded([token])
+            piece = self._texts.decoded([token])
             # Some decoders drop a space at the start of a text, so the piece alone cannot rule a space out.
             self._completing[token] = " " in self._last_characters or any(
                 character in piece for character in self._last_characters
             )
         if not self._completing[token]:
             return False
-        tail = self._decoded(ids[-self._tail_tokens :])
-        return any(stop in tail for stop in self._stops)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def failed(prompt: Prompt, why: str, tokens_out: int = 0) -> Completion:
-    """A completion with no text that says why there is none."""
-    return Completion("", "error", len(prompt.token_ids), tokens_out, why)
+        tail = self._texts.decoded(ids[-self._tail_tokens :])
+        return any(stop in tail for stop in self._texts.stops)
 
 
 def _attempt(flight: Flight, queue: Queue, size: int) -> str | None:
@@ -312,13 +291,19 @@ def _attempt(flight: Flight, queue: Queue, size: int) -> str | None:
     try:
         flight.advance(queue, size)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise
-        return str(error).strip().split("\n")[0]
+        return out_of_memory(error)
     return None
 
 
-def _free_memory() -> None:
+def out_of_memory(error: RuntimeError) -> str:
+    """What was said when memory ran out; any other error is raised again."""
+    if not any(sign in str(error) for sign in OUT_OF_MEMORY):
+        raise error
+    return str(error).strip().split("\n")[0]
+
+
+def free_memory() -> None:
+    """Gives back what no tensor holds any more."""
     import torch
 
     gc.collect()

@@ -48,7 +48,7 @@ class Slots:
                 f"The engine hf cannot run models of type {kind}: they take no key-value cache.", "--set engine=vllm"
             )
         self._layers = self._empty_cache().layers
-        self.movable = all(_is_plain(layer) for layer in self._layers)
+        self.movable = all(is_plain(layer) for layer in self._layers)
         # transformers' eager attention takes its softmax in float32, where float64's masking value is minus infinity: a
         # padding column, masked everywhere, would become NaN and spread.
         eager = getattr(self._model.config, "_attn_implementation", "") == "eager"
@@ -128,16 +128,18 @@ class Slots:
         from transformers import Cache
 
         growing = _growing_layer()
-        return Cache(layers=[layer if _holds_nothing(layer) else growing() for layer in self._layers])
+        return Cache(layers=[layer if holds_nothing(layer) else growing() for layer in self._layers])
 
 
-def _is_plain(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a layer of a cache keeps a key and a value for each token, or nothing: what can be cut and joined."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or _holds_nothing(layer)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) or holds_nothing(layer)
 
 
-def _holds_nothing(layer: Any) -> bool:
+def holds_nothing(layer: Any) -> bool:
+    """Whether a layer of a cache is there for the count only."""
     return type(layer).__name__ == "DummyLayer"  # by name: not every release of transformers has it
 
 

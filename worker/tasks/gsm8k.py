@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from worker.failures import BadRecord
-from worker.tasks import Example, Verdict
+from worker.tasks import GENERATES, Example, Verdict
+from worker.tasks.records import Ids, Record
 
 NAME = "gsm8k"
 VERSION = "1"
+KIND = GENERATES
 DATASET = "openai/gsm8k"
+SAMPLE = "generated"
+STOP: tuple[str, ...] = ()
+SHOTS_SPLIT = "train"
+COLUMNS: tuple[str, ...] = ()
+OPTIONS: tuple[str, ...] = ()
 RULES = ("numeric", "strict", "flexible")
 """`numeric` is ours; `strict` and `flexible` are strict-match and flexible-extract of lm-evaluation-harness 0.4.13."""
 HEADLINE = "numeric"
 
 _MARK = "####"
-_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
-_ID_DIGITS = 12  # 48 bits: over 10,000 questions, two share an id with a chance of 2 in 10 million
+_HOLDS = "GSM8K rows hold 'question' and 'answer'."
 _ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator annotations of Cobbe et al. 2021, e.g. <<3*4=12>>
 
 # lm-evaluation-harness 0.4.13, lm_eval/tasks/gsm8k/gsm8k.yaml, task version 3: `filter_list` and `regexes_to_ignore`.
@@ -59,21 +64,13 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
     Without an `id`, the id comes from the question's SHA-256, so no filter or order changes it; the second record
     with the same question gets `-2`, and so on. Raises BadRecord naming the row, counted from 1, and what it lacks.
     """
+    ids = Ids()
     found: list[Example] = []
-    row_of: dict[str, int] = {}
-    times: dict[str, int] = {}
-    for row, record in enumerate(records, start=1):
-        question = _question(record, row)
-        solution = _solution(record, row)
-        name = _given_id(record, row)
-        if name is None:
-            name = hashlib.sha256(question.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_DIGITS]
-            times[name] = times.get(name, 0) + 1
-            name = name if times[name] == 1 else f"{name}-{times[name]}"
-        if name in row_of:
-            raise BadRecord(f"row {row} has the same id as row {row_of[name]}: {name!r}", "Give every row its own id.")
-        row_of[name] = row
-        subject = record.get("subject")
+    for row, fields in enumerate(records, start=1):
+        record = Record(fields, row, _HOLDS)
+        question, solution = record.text("question"), _solution(record)
+        subject = fields.get("subject")
+        name = ids.take(record, question)
         found.append(Example(name, question, gold(solution), None if subject is None else str(subject), solution))
     return found
 
@@ -134,49 +131,20 @@ def canonical_number(text: str) -> str | None:
     return None if found is None else _canonical(found)
 
 
-def _question(record: Mapping[str, Any], row: int) -> str:
-    question = _field(record, "question", row)
-    if not isinstance(question, str) or not question.strip():
-        raise BadRecord(f"row {row}: the field 'question' must be a text that is not empty")
-    return question
-
-
-def _solution(record: Mapping[str, Any], row: int) -> str:
+def _solution(record: Record) -> str:
     """The reference solution as a model should write it: no calculator annotations, `#### N` last."""
-    answer = _field(record, "answer", row)
+    answer = record.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         answer = str(answer)
     if not isinstance(answer, str):
-        raise BadRecord(f"row {row}: the field 'answer' must be a text ending in '#### N'")
+        raise BadRecord(f"row {record.row}: the field 'answer' must be a text ending in '#### N'")
     final = _respelled(gold(answer))
     found = _NUMBER_FIRST.match(final)
     if found is None or (_MARK not in answer and found.end() < len(final.rstrip(".%"))):
         raise BadRecord(
-            f"row {row}: the field 'answer' has no gold number: {answer[-60:]!r}", "An answer ends in '#### N'."
+            f"row {record.row}: the field 'answer' has no gold number: {answer[-60:]!r}", "An answer ends in '#### N'."
         )
     return _ANNOTATION.sub("", answer) if _MARK in answer else f"{_MARK} {gold(answer)}"
-
-
-def _given_id(record: Mapping[str, Any], row: int) -> str | None:
-    given = record.get("id")
-    if given is None:
-        return None
-    name = str(given)
-    if isinstance(given, bool) or not isinstance(given, (str, int)) or not _ID.fullmatch(name):
-        raise BadRecord(
-            f"row {row}: the id {name[:120]!r} cannot be used",
-            "An id is 1 to 100 letters, digits, dots, dashes or underscores; without the field, ids are made.",
-        )
-    return name
-
-
-def _field(record: Mapping[str, Any], name: str, row: int) -> Any:
-    if record.get(name) is None:
-        raise BadRecord(
-            f"row {row} has no field {name!r}; it has: {', '.join(map(str, record)) or 'nothing'}",
-            "GSM8K rows hold 'question' and 'answer'.",
-        )
-    return record[name]
 
 
 def _strict_match(text: str) -> str | None:
