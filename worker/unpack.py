@@ -11,7 +11,7 @@ import sys
 import tempfile
 from typing import BinaryIO
 
-_SUFFIXES = (".py", ".toml", ".txt")
+_SUFFIXES = (".py", ".toml", ".txt", ".jsonl")
 
 
 def present(target: str) -> dict[str, bytes]:

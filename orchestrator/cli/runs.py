@@ -101,7 +101,7 @@ def pull(name: str | None, as_json: bool) -> None:
     _show(
         [run],
         as_json,
-        lambda run: f"{run.record.rows_home} rows are home in {run.home.folder}; it is {run.record.state}",
+        lambda run: f"{_made(run)} in {run.home.folder}; it is {run.record.state}",
     )
 
 
@@ -122,9 +122,16 @@ def stop(name: str | None, everything: bool, grace_s: float, as_json: bool) -> N
         raise errors.UsageError("Say which run, or --all, not both. Nothing was stopped.")
     found = _running() if everything else [records.find(name)]
     failures = [failure for run in found if (failure := _stop(run, grace_s))]
-    _show(found, as_json, lambda run: f"{run.run_id} is {run.record.state}; {run.record.rows_home} rows are home")
+    _show(found, as_json, lambda run: f"{run.run_id} is {run.record.state}; {_made(run)}")
     if failures:
         raise failures[0]
+
+
+def _made(run: Run) -> str:
+    """What of a run is home, in words."""
+    record = run.record
+    steps = f"{record.steps_done} of {record.steps_total} steps are done, what they made is home"
+    return steps if record.steps_total else f"{record.rows_home} rows are home"
 
 
 def _stop(run: Run, grace_s: float) -> errors.GpuError | None:

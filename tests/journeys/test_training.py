@@ -103,6 +103,7 @@ def test_a_training_comes_home_and_its_adapter_is_put_to_use(trained: None) -> N
     assert evaluated["resolved"]["identity"]["adapter_digest"].startswith("sha256:")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_if_left_alone(trained: None) -> None:
     """The worker is killed, then everything; what is resumed makes the same steps and the same adapter."""
     expected = calm(steps=60)
@@ -124,6 +125,7 @@ def test_killed_and_resumed_it_ends_as_if_left_alone(trained: None) -> None:
     assert (run.home.adapter / "adapter_model.safetensors").read_bytes() == expected[1]
 
 
+@pytest.mark.slow
 def test_stopped_it_saves_and_goes_on_on_another_machine(trained: None, models: Path, box: Callable[..., Sshd]) -> None:
     """`gpu stop` saves at once; the checkpoint is home, travels to the next machine, and nothing is done twice."""
     expected = calm(steps=150, save_every=1000)
