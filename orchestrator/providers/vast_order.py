@@ -13,7 +13,7 @@ from orchestrator.providers.vast_errors import TITLE
 from orchestrator.providers.vast_filters import DISK_GB, DISK_MIN_GB
 from orchestrator.providers.vast_label import LABEL_MAX
 
-SCRIPT_MAX = 4000
+SCRIPT_MAX = 4040
 """Bytes that a start script stays below: the limit is told as 4048, 4096 and 16 KB."""
 
 _PUBLIC_KEY = re.compile(r"((?:ssh|ecdsa|sk)-[A-Za-z0-9@.-]+) ([A-Za-z0-9+/]+={0,3})(?: .*)?")

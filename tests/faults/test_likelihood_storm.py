@@ -24,10 +24,9 @@ def numbers(run: Run) -> dict[str, float]:
     return {name: round(entry["value"], 6) for name, entry in durable.load_json(run.home.summary)["metrics"].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "job", [pytest.param(job, marks=[] if job == "eval-mmlu" else pytest.mark.slow) for job in JOBS]
-)
+@pytest.mark.parametrize("job", JOBS)
 def test_a_killed_run_ends_as_if_nothing_had_happened(trained: None, job: str) -> None:
     """Worker, supervisor, laptop or all are killed twice: rows and metrics stay the same, each row once."""
     words = [job, "--set", "dtype=float64", "--set", "device=cpu", "--set", "batch_size=1"]

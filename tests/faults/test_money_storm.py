@@ -306,6 +306,7 @@ def test_a_machine_not_listed_yet_is_not_taken_for_gone(stage: Stage, way_out: s
     money_storm.end(laptop, way_out)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # who is killed closes no socket
 def test_over_sockets_the_storm_is_the_same(tmp_path: Path) -> None:
     """Storms over real connections to a real server end as those without: nothing leaked, nothing doubled."""
     with Stage(tmp_path / "wired", over_sockets=True).set() as wired:

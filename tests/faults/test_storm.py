@@ -30,7 +30,13 @@ def test_a_killed_evaluation_ends_as_if_nothing_had_happened(trained: None) -> N
 
 
 @pytest.mark.parametrize(
-    ("job", "total"), [("eval-math", 100), ("eval-humaneval", 60), ("eval-generation", 80), ("eval-prompts", 100)]
+    ("job", "total"),
+    [
+        ("eval-prompts", 100),
+        pytest.param("eval-math", 100, marks=pytest.mark.slow),
+        pytest.param("eval-humaneval", 60, marks=pytest.mark.slow),
+        pytest.param("eval-generation", 80, marks=pytest.mark.slow),
+    ],
 )
 def test_every_job_that_grades_what_was_generated_can_be_killed(trained: None, job: str, total: int) -> None:
     """Killed at 2 random moments, each such job ends with the rows of a run that was left alone."""

@@ -20,7 +20,17 @@ from tests.waiting import until
 
 OFFER_KEYS = {"provider", "offer_id", "gpu", "count", "vram_gb", "vcpus", "ram_gb", "disk_gb", "region"}
 OFFER_KEYS |= {"price_usd_per_hour", "spot", "available", "reliability", "machine_id"}
-STATUS_KEYS = {"name", "provider", "instance_id", "state", "raw_state", "gpu", "price_usd_per_hour", "launched_at"}
+STATUS_KEYS = {
+    "name",
+    "provider",
+    "instance_id",
+    "state",
+    "raw_state",
+    "gpu",
+    "price_now_usd_per_hour",
+    "price_usd_per_hour",
+    "launched_at",
+}
 STATUS_KEYS |= {"ssh", "guard", "cost_usd", "runs", "reachable", "last_seen"}
 A10 = ("launch", "--gpu", "A10", "-y")
 
@@ -77,7 +87,7 @@ def test_from_an_offer_to_the_receipt(quick: Cloud) -> None:
     ended = gpu("terminate", "box", "-y")
     assert ended.returncode == 0, ended.stderr
     assert "box: gpu_1x_a10 in us-east-1" in ended.stdout
-    assert "about 0.01 USD" in ended.stdout
+    assert "about 0.02 USD" in ended.stdout
     assert billing(quick) == []
     assert quick.core.account.keys == {}
     costs = document("cost")

@@ -153,6 +153,7 @@ def test_who_asks_for_spot_where_there_is_none_is_not_told_to_wait() -> None:
     assert "--wait-capacity" in caught.value.hint
 
 
+@pytest.mark.slow  # it is asked for half a minute, three times
 def test_a_cloud_that_does_not_answer_is_told_of(light_cloud: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other clouds have is offered, and said to be without it; the JSON stays one document."""
     monkeypatch.setenv("VAST_API_KEY", "a-key")
