@@ -97,7 +97,7 @@ def damage(folder: Path) -> str | None:
 
 def outs_sha256(outs: dict[str, Any]) -> str:
     """What names the outs of a seal: SHA-256, in hex, over names, sizes and digests; empty when there are none."""
-    return hashlib.sha256(spec.canonical(outs)).hexdigest() if outs else ""
+    return spec.digest(outs) if outs else ""
 
 
 def weights(folder: Path) -> list[Path]:
@@ -230,6 +230,11 @@ class Run:
         self.mirror = folder / "mirror.json"  # the process that mirrors the run, replaced: its news
         self.mirror_lock = folder / "mirror.lock"
         self.mirror_log = folder / "mirror.txt"
+
+    def identity(self) -> dict[str, Any]:
+        """What the first attempt resolved of all that changes results; empty before it has."""
+        resolved = durable.load_json(self.resolved)
+        return dict(resolved["identity"]) if resolved else {}
 
     def attempt(self, number: int) -> Attempt:
         """The files of attempt `number`, counted from 1; the folder may not exist."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import re
@@ -275,3 +276,8 @@ def _texts(value: Any) -> bool:
 def canonical(document: Any) -> bytes:
     """One way to write a JSON document as bytes, for digests: sorted keys, no spaces, UTF-8."""
     return json.dumps(document, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(document: Any) -> str:
+    """What tells one JSON document from another: SHA-256, in hex, of its canonical bytes."""
+    return hashlib.sha256(canonical(document)).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,7 +88,7 @@ class Tree:
     def digest(self) -> str:
         """What names the tree: SHA-256, in hex, over names, contents and modes."""
         lines = [[e.path, e.size, e.sha256, e.executable, e.link] for e in self.entries]
-        return hashlib.sha256(spec.canonical(lines)).hexdigest()
+        return spec.digest(lines)
 
     @property
     def size(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from jobs import durable, rundir, spec
-from worker import builtin, lora, models, sources
+from jobs import rundir, spec
+from worker import builtin, lora, models, sources, wanted
 from worker.batches import Budget, Plan
 from worker.conversations import Encoder, LeftOut, Sample, shown
 from worker.failures import ConfigFailure
@@ -61,7 +60,7 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """What tells this training from every other."""
-        return hashlib.sha256(spec.canonical(self.identity)).hexdigest()
+        return spec.digest(self.identity)
 
     def resolved(self) -> dict[str, Any]:
         """The document of resolved.json."""
@@ -84,8 +83,7 @@ def prepare(job: dict[str, Any], run: rundir.Run, say: Say) -> Prepared:
 
     Raises ConfigFailure for what cannot be read, and when more rows than `left_out` allows teach nothing.
     """
-    known = durable.load_json(run.resolved)
-    return _prepare(job, lambda: builtin.folder(run, say), known["identity"] if known else {}, say)
+    return _prepare(job, lambda: builtin.folder(run, say), run.identity(), say)
 
 
 def rehearse(job: dict[str, Any], scratch: Path, say: Say) -> Prepared:
@@ -148,22 +146,9 @@ def _source(params: dict[str, Any]) -> sources.Source:
 
 
 def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
-    """Which model to load. What an earlier attempt resolved is kept to: its dtype, and the commit of a Hub model."""
-    digest = str(known.get("model_digest", ""))
-    commit = digest.removeprefix("commit:") if digest.startswith("commit:") else None
-    request = models.ModelRequest(
-        model=str(model or params["model"]),
-        revision=commit or params["revision"],
-        dtype=known.get("dtype", params["dtype"]),
-        device=params["device"],
-        trust_remote_code=params["trust_remote_code"],
-        quantization=params["quantization"],
-    )
-    return request if _dtype(request) != "float16" else dataclasses.replace(request, dtype="float32")
-
-
-def _dtype(request: models.ModelRequest) -> str:
-    return str(models.choose_dtype(request.dtype, models.choose_device(request.device))).removeprefix("torch.")
+    """Which model to load; a device whose own choice is float16 trains in float32."""
+    request = wanted.model(params, model, known)
+    return request if models.dtype_name(request) != "float16" else dataclasses.replace(request, dtype="float32")
 
 
 def _encoder(params: dict[str, Any], request: models.ModelRequest, renderer: Renderer) -> Encoder:
@@ -236,7 +221,7 @@ def _identity(params: dict[str, Any], request: models.ModelRequest, renderer: Re
         "story": "train",
         "model_digest": models.digest(request.model, request.revision),
         "template_digest": renderer.template_digest,
-        "dtype": _dtype(request),
+        "dtype": models.dtype_name(request),
         **{name: params[name] for name in _CHANGES},
     }
 

@@ -59,13 +59,8 @@ def identity(name: str, request: models.ModelRequest) -> dict[str, Any]:
         "engine": name if name == "hf" else f"{name} {_vllm_family()}",
         "model_digest": models.digest(request.model, request.revision),
         "adapter_digest": models.digest(request.adapter, None) if request.adapter else None,
-        "dtype": dtype(request),
+        "dtype": models.dtype_name(request),
     }
-
-
-def dtype(request: models.ModelRequest) -> str:
-    """The number type that `auto` becomes on the run's device, by name."""
-    return str(models.choose_dtype(request.dtype, models.choose_device(request.device))).removeprefix("torch.")
 
 
 def device(name: str, request: models.ModelRequest) -> str:
@@ -159,7 +154,7 @@ def _vllm_load(prepared: Prepared) -> Load:
     on_gpu = models.choose_device(request.device).type == "cuda"
     return Load(
         request,
-        dtype(request),
+        models.dtype_name(request),
         longest + int(prepared.params["max_new_tokens"]),
         _number(prepared.params, "batch_size"),
         devices.visible() if on_gpu else [],

@@ -72,6 +72,11 @@ class LoadedModel:
     adapter_digest: str | None = None
 
 
+def dtype_name(request: ModelRequest) -> str:
+    """The number type that `auto` becomes on the request's device, by name."""
+    return str(choose_dtype(request.dtype, choose_device(request.device))).removeprefix("torch.")
+
+
 def load_config(request: ModelRequest) -> Any:
     """The model's transformers configuration; no weights are read."""
     from transformers import AutoConfig

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import durable, rundir, shares
-from worker import builtin, engines, models, prompts, tasks, unrendered, worked
+from jobs import rundir, shares
+from worker import builtin, engines, models, prompts, tasks, unrendered, wanted, worked
 from worker.asking import Item, Means, Questions, questions
 from worker.failures import ConfigFailure
 from worker.tasks import GENERATES, Task
@@ -38,7 +38,7 @@ def prepare(job: dict[str, Any], run: rundir.Run, say: Callable[[str], None]) ->
 
     Raises ConfigFailure for what cannot be read or rendered; what is merely suspicious stands among the findings.
     """
-    known = _known(run)
+    known = run.identity()
     engine = engines.choose(job["params"], known, generates=_generates(job))
     return _prepare({**job, "engine": engine}, lambda: builtin.folder(run, say), known, say)
 
@@ -82,7 +82,7 @@ def _prepare(
     found, records = worked.examples(params, task)
     examples = found[: job["limit"]]
     shots = worked.shots(params, task)
-    request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
+    request = wanted.model(params, built_in() if params["model"] == builtin.NAME else None, known)
     renderer, config = _renderer(engine, request, params.get("chat_template", "none"))
     example_ids = [example.id for example in examples]
     mine = set(shares.chosen(job, example_ids))
@@ -113,22 +113,3 @@ def _renderer(engine: str, request: models.ModelRequest, chat_template: str) -> 
     if engine == "openai":
         return unrendered.Renderer(chat_template), None
     return prompts.Renderer(models.load_tokenizer(request), chat_template), models.load_config(request)
-
-
-def _request(params: dict[str, Any], model: Path | None, known: dict[str, Any]) -> models.ModelRequest:
-    """Which model to load. What an earlier attempt resolved is kept to: its dtype, and the commit of a Hub model."""
-    digest = str(known.get("model_digest", ""))
-    commit = digest.removeprefix("commit:") if digest.startswith("commit:") else None
-    return models.ModelRequest(
-        model=str(model or params["model"]),
-        revision=commit or params["revision"],
-        adapter=params["adapter"],
-        dtype=known.get("dtype", params["dtype"]),
-        device=params["device"],
-        trust_remote_code=params["trust_remote_code"],
-    )
-
-
-def _known(run: rundir.Run) -> dict[str, Any]:
-    resolved = durable.load_json(run.resolved)
-    return resolved["identity"] if resolved else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 from jobs import durable, rundir, spec
@@ -47,7 +46,7 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
     identity = _identity(prepared)
     warnings = [finding.message for finding in prepared.asked.findings if finding.level == "warning"]
     return {
-        "fingerprint": hashlib.sha256(spec.canonical(identity)).hexdigest(),
+        "fingerprint": spec.digest(identity),
         "identity": identity,
         "device": engines.device(prepared.engine, prepared.request),
         "model": prepared.params["model"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -39,7 +38,7 @@ class Shots:
         by_subject = {example.subject: example for example in examples} if self.by_subject else {None: examples[0]}
         shown = [shot for example in by_subject.values() for shot in self.of(example)]
         said = [(shot.problem, shot.choices[int(shot.target)] if shot.choices else shot.solution) for shot in shown]
-        return hashlib.sha256(spec.canonical(said)).hexdigest()
+        return spec.digest(said)
 
 
 def examples(params: dict[str, Any], task: Task) -> tuple[list[Example], sources.Records]:

@@ -130,8 +130,8 @@ def test_launches_keep_their_distance(vast: VastCloud, server: Server) -> None:
     [
         (OFFER, replace(ORDER, marker="x" * 61), "label"),
         (OFFER, replace(ORDER, marker="x" * 257), "label"),
-        (OFFER, replace(ORDER, start_script="#" * 4000), "start script"),
-        (OFFER, replace(ORDER, start_script="é" * 2000), "start script"),
+        (OFFER, replace(ORDER, start_script="#" * 4100), "start script"),
+        (OFFER, replace(ORDER, start_script="é" * 2050), "start script"),
         (OFFER, replace(ORDER, disk_gb=7.9), "8 GB"),
         (replace(OFFER, disk_gb=5.0), ORDER, "8 GB"),
         (replace(BID, bid_usd_per_hour=None), ORDER, "bid"),
