@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import providers
 from orchestrator.errors import ConfigError, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
-from orchestrator.rentals import Rental
+
+if TYPE_CHECKING:  # offers are listed without it
+    from orchestrator.rentals import Rental
 
 _SKEW_MAX_S = 300.0
 
