@@ -214,9 +214,9 @@ class Rental:
         if told and told != record.price_usd_per_hour:
             ledger.change_price(self._lease, told, 0.0 if record.price_usd_per_hour is None else now)
             self.save(price_usd_per_hour=told, deadline=self._end_at(told))
-        lease, charged, price = ledger.find(self._lease), found.charged_usd_per_hour, self.price_usd_per_hour or 0.0
-        if lease is None or found.spot or self.offer().spot:
+        if found.spot or self.offer().spot or (lease := ledger.find(self._lease)) is None:
             return
+        charged, price = found.charged_usd_per_hour, self.price_usd_per_hour or 0.0
         is_less = charged is not None and charged < price  # one that has ended by itself may be charged as before
         if found.state == "stopped" and is_less and record.state != "booting":  # a start is seen late
             ledger.change_price(self._lease, charged or 0.0, now)
