@@ -248,18 +248,22 @@ def state(learner: Learner) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def restore(learner: Learner, tensors: Mapping[str, Any], values: Mapping[str, Any], *, stepped: bool) -> None:
-    """Take over what `state` gave. StateMismatch when a weight's part of it is missing (`stepped`) or is of another."""
+    """Take over what `state` gave, and nothing of what there was.
+
+    StateMismatch when a weight's part of it is missing (`stepped`: after a step there is one of each) or is of another.
+    """
     known = {f"optimizer/{name}": each for name, each in learner.weights.items()}
     states: dict[str, dict[str, Any]] = {name: {} for name in known}
     for name, value in (*tensors.items(), *values.items()):
         if name.startswith("optimizer/"):
             owner, _, key = name.rpartition("/")
             if owner not in states:
-                raise _mismatch(f"it has {owner}, which this training has not")
+                raise mismatch(f"it has {owner}, which this training has not")
             states[owner][key] = value
     without = [name for name, held in states.items() if stepped and not held]
     if without:
-        raise _mismatch(f"it lacks {without[0]}, so the optimizer would begin anew")
+        raise mismatch(f"it lacks {without[0]}, so the optimizer would begin anew")
+    learner.optimizer.state.clear()
     for name, held in states.items():
         if held:
             learner.optimizer.state[known[name]] = {key: _placed(key, each, known[name]) for key, each in held.items()}
@@ -290,7 +294,7 @@ def set_random_states(learner: Learner, states: Mapping[str, Any]) -> None:
 
     missing = random_states(learner).keys() - states.keys()
     if missing:
-        raise _mismatch(f"it has no random numbers for {', '.join(missing)}: it was made on another kind of device")
+        raise mismatch(f"it has no random numbers for {', '.join(missing)}: it was made on another kind of device")
     torch.set_rng_state(states["cpu"])
     if learner.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], learner.device)
@@ -300,10 +304,11 @@ def _match(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     wrong = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
     if wrong:
         name = wrong[0]
-        raise _mismatch(f"{name} has the shape {found.get(name)}, needed is {wanted.get(name)}")
+        raise mismatch(f"{name} has the shape {found.get(name)}, needed is {wanted.get(name)}")
 
 
-def _mismatch(why: str) -> StateMismatch:
+def mismatch(why: str) -> StateMismatch:
+    """The failure of a checkpoint that does not fit."""
     return StateMismatch(
         f"The checkpoint does not fit this training: {why}. Nothing was trained.",
         "Resume where it was made, or start a new run.",

@@ -35,6 +35,10 @@ class Diverged(WorkerFailure):
     kind = "diverged"
 
 
+class AnotherTraining(lora.StateMismatch):
+    """A checkpoint of other rows, settings or weights; nothing of it was used."""
+
+
 class NothingLearned(WorkerFailure):
     """Adapter layers stay as they were made: money would be spent on a model that does not change."""
 
@@ -90,10 +94,15 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says: the first row as it is learned, what is left out, and how many steps. Loads no model."""
+    """What a dry run says: the first rows as they are learned, what is left out, and how many steps. Loads no model.
+
+    Of a job that says `at_hand`, `unseen` tells what would have to be fetched first, and nothing else is done.
+    """
+    if job.get("at_hand") and (why := curriculum.unseen(job["params"])):
+        return {"unseen": why}
     with tempfile.TemporaryDirectory() as scratch:
         prepared = curriculum.rehearse(job, Path(scratch), lambda _: None)
-        first = prepared.resolved()["first_prompt"]
+        first = "\n".join(prepared.first_rows())
     lengths = [len(sample) for sample in prepared.samples]
     return {
         "examples": len(prepared.samples),
@@ -118,9 +127,8 @@ class Training:
 
     def begin(self) -> None:
         """Go on from the newest whole checkpoint, or begin; from here on a TERM saves before it ends the worker."""
-        folder = checkpoints.newest(self.run, say)
+        folder = self._restored()
         if folder:
-            self.restore(folder)
             say(f"going on from {folder.name}: {self.at.step} of {self.prepared.steps} steps are done")
         elif self.prepared.params["packing"]:
             lora.check_packing(self.learner, self.prepared.samples)
@@ -166,7 +174,7 @@ class Training:
             self.at.micro += 1
         norm = lora.update(self.learner, rate, self.prepared.params["clip"])
         if not math.isfinite(norm):
-            raise self._diverged("the gradient")
+            raise self._diverged(f"In step {self.at.step + 1} the gradient")
         self.at.step, self.at.micro = self.at.step + 1, 0
         self._refuse_idle_layers()
         return norm
@@ -190,7 +198,7 @@ class Training:
             ) from error
         part = float(loss.detach())
         if not math.isfinite(part):
-            raise self._diverged("the loss")
+            raise self._diverged(f"In step {self.at.step + 1} the loss")
         return part
 
     def rate(self) -> float:
@@ -243,6 +251,8 @@ class Training:
             for sample in self.prepared.held:
                 batch = batches.collate([sample], self.learner.pad_id, packing=False)
                 total += float(lora.loss_sum(self.learner, batch))
+        if not math.isfinite(total):
+            raise self._diverged(f"After step {self.at.step} the loss of the rows held out")
         return {"eval_loss": total / sum(sample.targets for sample in self.prepared.held)}
 
     def probe(self) -> None:
@@ -268,7 +278,7 @@ class Training:
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
-            f"In step {self.at.step + 1} {what} is not a number any more. {self._safe()}",
+            f"{what} is not a number any more. {self._safe()}",
             "Start a new run with a smaller lr, more warmup, or a smaller clip.",
         )
 
@@ -283,26 +293,52 @@ class Training:
         from safetensors.torch import save
 
         tensors, values = lora.state(self.learner)
-        state = {"at": asdict(self.at), "values": values}
+        state = {"at": asdict(self.at), "values": values, "tensors": sorted(tensors)}
         files = {**self._adapter(), TENSORS: save(tensors), STATE: json.dumps(state).encode() + b"\n"}
         checkpoints.save(self.run, rundir.checkpoint_name(self.at.step, self.at.micro), files)
         checkpoints.retire(self.run)
 
+    def _restored(self) -> Path | None:
+        """The checkpoint that is gone on from: the newest with all that is needed; else its failure is raised."""
+        refused: dict[Path, lora.StateMismatch] = {}
+        for folder in checkpoints.whole(self.run, say):
+            try:
+                self.restore(folder)
+            except AnotherTraining:
+                raise
+            except lora.StateMismatch as why:
+                refused[folder] = why
+                say(f"{folder.name} is passed over, the one before it is looked at: {why.message}")
+                continue
+            for passed in refused:
+                checkpoints.discard(passed)
+            return folder
+        if refused:
+            raise next(iter(refused.values()))
+        return None
+
     def restore(self, folder: Path) -> None:
-        """Take over a checkpoint that was found whole; lora.StateMismatch when it is of another training."""
+        """Take over a checkpoint that was found whole. AnotherTraining; lora.StateMismatch when a part is missing."""
         from safetensors.torch import load
 
-        about = durable.load_json(folder / ABOUT)
-        if about["fingerprint"] != self.prepared.fingerprint:
-            raise lora.StateMismatch(
-                f"{folder.name} belongs to another training ({about['model']}). Nothing was trained.",
+        try:
+            about, state = (durable.load_json(folder / name) for name in (ABOUT, STATE))
+            adapter, tensors = ((folder / name).read_bytes() for name in (lora.WEIGHTS, TENSORS))
+            made_for, at, values = about["fingerprint"], Standing(**state["at"]), state["values"]
+            listed = state["tensors"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise lora.mismatch(f"{folder.name} lacks {error}") from error
+        if made_for != self.prepared.fingerprint:
+            raise AnotherTraining(
+                f"{folder.name} belongs to another training ({about.get('model')}). Nothing was trained.",
                 "Start a new run.",
             )
-        state = durable.load_json(folder / STATE)
-        self.at = Standing(**state["at"])
-        lora.load_adapter(self.learner, (folder / lora.WEIGHTS).read_bytes())
-        tensors = load((folder / TENSORS).read_bytes())
-        lora.restore(self.learner, tensors, state["values"], stepped=self.at.step > 0)
+        found = load(tensors)
+        if lost := sorted(set(listed) - found.keys()):
+            raise lora.mismatch(f"it lacks {lost[0]}")
+        lora.load_adapter(self.learner, adapter)
+        lora.restore(self.learner, found, values, stepped=at.step > 0)
+        self.at = at
 
     def finish(self) -> None:
         """Have the adapter in the run's folder, as peft reads it."""

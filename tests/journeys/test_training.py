@@ -159,4 +159,4 @@ def test_rows_that_teach_nothing_are_refused_above_a_share(trained: None) -> Non
     """More than the share allowed ends the run before a model loads, with the reasons counted."""
     done = subprocess.run([*GPU, *words(left_out=0.01)], capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 3
-    assert "Of 42 rows 2 cannot be learned from (2 rows: no turn of the assistant)" in done.stderr
+    assert "Of 42 rows 2 cannot be learned from (2 rows: no turn of the assistant (row 41, 42))" in done.stderr
