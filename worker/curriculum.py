@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from jobs import rundir, spec
-from worker import builtin, lora, models, sources, wanted
+from worker import builtin, continuing, lora, models, sources, wanted
 from worker.batches import Budget, Plan
 from worker.conversations import Encoder, LeftOut, Sample, shown
 from worker.failures import ConfigFailure
@@ -23,9 +23,9 @@ LeftOuts = dict[str, list[int]]
 _CHANGES = (
     *("steps", "epochs", "lr", "rank", "alpha", "dropout", "targets", "quantization", "optimizer", "max_length"),
     *("batch_size", "batch_tokens", "accumulation", "packing", "mix", "schedule", "warmup", "weight_decay", "clip"),
-    *("eval_rows", "activation_checkpointing", "seed"),
+    *("eval_rows", "activation_checkpointing", "seed", "patience", "min_delta"),
 )
-"""Parameters that change the weights that come out. How often they are saved or tested does not."""
+"""Parameters that change the weights that come out. How often they are saved does not."""
 Say = Callable[[str], None]
 
 
@@ -118,6 +118,8 @@ def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str,
     records = sources.load(_source(params))
     mixed = sources.load(sources.Source(params["mix_dataset"], params["split"])) if params["mix"] else None
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
+    if request.adapter is not None:
+        continuing.check(params, request)
     renderer = Renderer(models.load_tokenizer(request), params["chat_template"])
     encoder = _encoder(params, request, renderer)
     rows = records.rows[: job["limit"]]
@@ -153,6 +155,11 @@ def _check(params: dict[str, Any]) -> None:
     """Raise ConfigFailure for parameters that do not go together."""
     if bool(params["mix"]) is not bool(params["mix_dataset"]):
         raise ConfigFailure("mix and mix_dataset belong together.", "--set mix=0.1 --set mix_dataset=old.jsonl")
+    if params["patience"] and not params["eval_rows"]:
+        raise ConfigFailure(
+            f"patience={params['patience']} waits for the loss on rows held out, and none are.",
+            "--set eval_rows=100",
+        )
     if params["dtype"] in ("float16", "float64"):
         raise ConfigFailure(
             f"dtype={params['dtype']} cannot be trained with: gradients that are small become zero in float16, and "
@@ -256,6 +263,8 @@ def _identity(params: dict[str, Any], request: models.ModelRequest, renderer: Re
         "model_digest": models.digest(request.model, request.revision),
         "template_digest": renderer.template_digest,
         "dtype": models.dtype_name(request),
+        "adapter_digest": None if request.adapter is None else models.digest(request.adapter, None),
+        "eval_every": params["eval_every"] if params["patience"] else None,
         **{name: params[name] for name in _CHANGES},
     }
 

@@ -9,10 +9,10 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from worker import batches, models, quantization
+from worker import batches, continuing, models, quantization
 from worker.conversations import Sample
 from worker.failures import ConfigFailure, WorkerFailure
 
@@ -60,6 +60,8 @@ class Learner:
     device: Any
     weights: dict[str, Any]
     """Every trainable parameter by its name, all float32."""
+    begun: dict[str, Any] = field(default_factory=dict)
+    """What each lora_B was before the first step, on the CPU, where it was not zero."""
 
     @property
     def pad_id(self) -> int:
@@ -68,11 +70,11 @@ class Learner:
 
 
 def load(request: models.ModelRequest, settings: Settings) -> Learner:
-    """The model, frozen, with new adapter layers that the seed decides; raises ConfigFailure."""
+    """The model, frozen, with adapter layers that the seed decides, or the request's own; raises ConfigFailure."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    loaded = models.load_model(request)
+    loaded = models.load_model(dataclasses.replace(request, adapter=None))
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -94,7 +96,10 @@ def load(request: models.ModelRequest, settings: Settings) -> Learner:
     wrong = [name for name, each in weights.items() if each.dtype != torch.float32]
     if wrong:
         raise WorkerFailure(f"{wrong[0]} is not float32: training it in fewer bits would lose most of its steps.")
-    return Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    learner = Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    if request.adapter is not None:
+        continuing.take_over(learner, request.adapter)
+    return learner
 
 
 def _targets(words: str) -> str | list[str]:
@@ -168,11 +173,13 @@ def unchanging(learner: Learner) -> Iterator[None]:
 
 
 def idle_layers(learner: Learner) -> list[str]:
-    """Adapter layers that have learned nothing yet: their B is zero as it was made. Experts may not have been asked."""
+    """Adapter layers that have learned nothing yet: their B is as it was made. Experts may not have been asked."""
     return [
         name
         for name, each in learner.weights.items()
-        if "lora_B" in name and "expert" not in name and not bool(each.detach().any())
+        if "lora_B" in name
+        and "expert" not in name
+        and not bool((each.detach().cpu() - learner.begun.get(name, 0)).any())
     ]
 
 

@@ -19,36 +19,18 @@ from jobs import durable, rows, rundir, times
 from worker import batches, checkpoints, curriculum, facts, lora, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
-from worker.failures import WorkerFailure
+from worker.failures import Diverged, NothingLearned, OutOfMemory
 from worker.progress import Progress
 
 ADAPTER = "adapter"
-ABOUT, STATE, TENSORS = "training.json", "state.json", "state.safetensors"
+ABOUT, STATE, TENSORS, BEST = "training.json", "state.json", "state.safetensors", "best.safetensors"
 IDLE_STEPS = 5
 """After so many steps every adapter layer has learned something, or nothing reaches it."""
 _STOPPED = 128 + signal.SIGTERM
 
 
-class Diverged(WorkerFailure):
-    """The loss or its gradient is no number any more; what was saved before is whole."""
-
-    kind = "diverged"
-
-
 class AnotherTraining(lora.StateMismatch):
     """A checkpoint of other rows, settings or weights; nothing of it was used."""
-
-
-class NothingLearned(WorkerFailure):
-    """Adapter layers stay as they were made: money would be spent on a model that does not change."""
-
-    kind = "idle_layers"
-
-
-class OutOfMemory(WorkerFailure):
-    """The device cannot hold a micro-batch; trying again changes nothing."""
-
-    kind = "out_of_memory"
 
 
 @dataclass
@@ -65,6 +47,11 @@ class Standing:
     """Spent on steps so far, in all attempts."""
     tokens_all: int = 0
     targets_all: int = 0
+    best_loss: float | None = None
+    """The least so far on the rows held out, where `patience` asks for it, and the step that had it."""
+    best_step: int = 0
+    waited: int = 0
+    """Measurements since then."""
 
 
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
@@ -124,6 +111,8 @@ class Training:
     learner: lora.Learner
     at: Standing = field(default_factory=Standing)
     stop_asked: bool = False
+    best: bytes = b""
+    """The adapter's weights after `at.best_step` steps."""
 
     def begin(self) -> None:
         """Go on from the newest whole checkpoint, or begin; from here on a TERM saves before it ends the worker."""
@@ -145,7 +134,7 @@ class Training:
     def steps(self) -> Iterator[rows.Row]:
         """Do every step that is left; each gives its line of steps.jsonl once the weights have changed."""
         stream = self.prepared.plan.stream(skip=self.at.step * self.prepared.accumulation)
-        while self.at.step < self.prepared.steps:
+        while self.at.step < self.prepared.steps and not self._has_waited():
             micros = list(itertools.islice(stream, self._micros_of_step()))
             began = time.monotonic()
             epoch = micros[0][0]
@@ -240,7 +229,7 @@ class Training:
             return int(torch.cuda.max_memory_allocated(self.learner.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def _tested(self) -> dict[str, float]:
+    def _tested(self) -> dict[str, Any]:
         """The mean loss of the rows held out, when it is their turn; random numbers are not drawn for it."""
         params = self.prepared.params
         is_due = self.at.step % params["eval_every"] == 0 or self.at.step == self.prepared.steps
@@ -253,7 +242,24 @@ class Training:
                 total += float(lora.loss_sum(self.learner, batch))
         if not math.isfinite(total):
             raise self._diverged(f"After step {self.at.step} the loss of the rows held out")
-        return {"eval_loss": total / sum(sample.targets for sample in self.prepared.held)}
+        loss = total / sum(sample.targets for sample in self.prepared.held)
+        return {"eval_loss": loss, **self._compared(loss)}
+
+    def _compared(self, loss: float) -> dict[str, Any]:
+        """What a line says of early stopping; an adapter better than all before is held."""
+        if not self.prepared.params["patience"]:
+            return {}
+        at = self.at
+        if at.best_loss is None or loss < at.best_loss - self.prepared.params["min_delta"]:
+            at.best_loss, at.best_step, at.waited = loss, at.step, 0
+            self.best = lora.adapter_files(self.learner, "")[lora.WEIGHTS]
+        else:
+            at.waited += 1
+        return {"best_step": at.best_step, "stops_early": self._has_waited() and at.step < self.prepared.steps}
+
+    def _has_waited(self) -> bool:
+        """Whether the loss on the rows held out has not become better for as long as was asked."""
+        return bool(0 < self.prepared.params["patience"] <= self.at.waited)
 
     def probe(self) -> None:
         """Hold the largest micro-batch once, so that memory runs out now or never; nothing is learned of it."""
@@ -295,6 +301,8 @@ class Training:
         tensors, values = lora.state(self.learner)
         state = {"at": asdict(self.at), "values": values, "tensors": sorted(tensors)}
         files = {**self._adapter(), TENSORS: save(tensors), STATE: json.dumps(state).encode() + b"\n"}
+        if self.at.best_step not in (0, self.at.step):
+            files[BEST] = self.best
         checkpoints.save(self.run, rundir.checkpoint_name(self.at.step, self.at.micro), files)
         checkpoints.retire(self.run)
 
@@ -326,6 +334,7 @@ class Training:
             adapter, tensors = ((folder / name).read_bytes() for name in (lora.WEIGHTS, TENSORS))
             made_for, at, values = about["fingerprint"], Standing(**state["at"]), state["values"]
             listed = state["tensors"]
+            best = adapter if at.best_step in (0, at.step) else (folder / BEST).read_bytes()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise lora.mismatch(f"{folder.name} lacks {error}") from error
         if made_for != self.prepared.fingerprint:
@@ -338,20 +347,24 @@ class Training:
             raise lora.mismatch(f"it lacks {lost[0]}")
         lora.load_adapter(self.learner, adapter)
         lora.restore(self.learner, found, values, stepped=at.step > 0)
-        self.at = at
+        self.at, self.best = at, best
 
     def finish(self) -> None:
-        """Have the adapter in the run's folder, as peft reads it."""
-        checkpoints.save(self.run, ADAPTER, self._adapter())
+        """Have the adapter in the run's folder, as peft reads it: with `patience` the best one, else the last."""
+        files, at = self._adapter(self.at.best_step or self.at.step), self.at
+        if at.best_step:
+            files[lora.WEIGHTS] = self.best
+            say(f"of {at.step} steps number {at.best_step} was the best (loss {at.best_loss:.4f} on the rows held out)")
+        checkpoints.save(self.run, ADAPTER, files)
 
-    def _adapter(self) -> dict[str, bytes]:
+    def _adapter(self, step: int | None = None) -> dict[str, bytes]:
         """The adapter's files, with what it was trained on: another base is refused by it."""
         model = self.prepared.params["model"]
         about = {
             "model": model,
             "model_digest": self.prepared.identity["model_digest"],
             "fingerprint": self.prepared.fingerprint,
-            "step": self.at.step,
+            "step": self.at.step if step is None else step,
         }
         return {**lora.adapter_files(self.learner, model), ABOUT: json.dumps(about, indent=1).encode() + b"\n"}
 
