@@ -129,8 +129,11 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
     return runs.create(record, document, packed)
 
 
-def check(document: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept."""
+def check(document: dict[str, Any], consequence: str = "") -> dict[str, Any]:
+    """What a dry run finds: the worker's own checks of prompts and dataset, in a child process; nothing is kept.
+
+    Raises ConfigError for what would end the job, and adds to it what follows from that.
+    """
     if document["story"] == "command":
         raise UsageError("A command has no prompts to check.", "What would travel: gpu sync --plan")
     check_interpreter("train")
@@ -140,7 +143,7 @@ def check(document: dict[str, Any]) -> dict[str, Any]:
     words = [machine.python, "-I", "-X", "utf8", str(main), "check"]
     answer = transport.ask(machine, words, spec.canonical(document), _CHECK_DEADLINE_S)
     if "failed" in answer:
-        raise ConfigError(answer["failed"]["message"], answer["failed"]["hint"])
+        raise ConfigError(f"{answer['failed']['message']} {consequence}".rstrip(), answer["failed"]["hint"])
     return answer
 
 

@@ -50,6 +50,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "first_loss": lines[0]["loss"] if lines else None,
         "final_loss": lines[-1]["loss"] if lines else None,
         "eval_loss": tested[-1]["eval_loss"] if tested else None,
+        **_best(tested),
         "tokens": tokens,
         "targets": targets,
         "seconds": round(seconds, 3),
@@ -58,6 +59,17 @@ def summarise(run: Run) -> dict[str, Any]:
         "curve": _thinned([[line["step"], line["loss"]] for line in lines]),
         "eval_curve": _thinned([[line["step"], line["eval_loss"]] for line in tested]),
         "adapter": str(run.home.adapter) if run.home.adapter.is_dir() else None,
+    }
+
+
+def _best(tested: list[rows.Row]) -> dict[str, Any]:
+    """Of a training with `patience`: the step whose adapter it gave, its loss, and whether it ended before the last."""
+    step = tested[-1].get("best_step") if tested else None
+    losses = [line["eval_loss"] for line in tested if line["step"] == step and type(step) is int]
+    return {
+        "best_step": step if losses else None,
+        "best_eval_loss": losses[0] if losses else None,
+        "stopped_early": bool(losses) and tested[-1].get("stops_early") is True,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jobs import durable, locks, rundir
@@ -27,7 +27,8 @@ def save(run: rundir.Run, name: str, files: Mapping[str, bytes]) -> Path:
     folder = run.folder / name
     if (folder / rundir.MANIFEST).is_file() and rundir.damage(folder) is None:
         return folder
-    _refuse_full_disk(run, name, sum(map(len, files.values())))
+    size = sum(map(len, files.values()))
+    _make_room(run, name, size)
     staged = run.folder / f".{name}{_STAGED}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -41,21 +42,28 @@ def save(run: rundir.Run, name: str, files: Mapping[str, bytes]) -> Path:
             _set_aside(folder, _DAMAGED)
         staged.rename(folder)
         durable.sync_folder(run.folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, OSError) and durable.is_full(error):  # others write to that disk, too
+            raise _full(run, name, size) from error
         raise
     return folder
 
 
-def newest(run: rundir.Run, say: Say) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written; each damaged one is said, and set aside."""
+def whole(run: rundir.Run, say: Say) -> Iterator[Path]:
+    """The checkpoints whose every byte is as it was written, newest first; damaged ones are said, and set aside."""
     for folder in reversed(run.checkpoints()):
         reason = rundir.damage(folder)
         if reason is None:
-            return folder
-        say(f"{folder.name} is damaged ({reason}) and passed over; the one before it is looked at.")
-        _set_aside(folder, _DAMAGED)
-    return None
+            yield folder
+        else:
+            say(f"{folder.name} is damaged ({reason}) and passed over; the one before it is looked at.")
+            discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Take a checkpoint that cannot be gone on with out of the way; the next attempt removes it."""
+    _set_aside(folder, _DAMAGED)
 
 
 def retire(run: rundir.Run, kept: int = KEPT) -> None:
@@ -90,18 +98,22 @@ def _set_aside(folder: Path, why: str) -> Path:
     return aside
 
 
-def _refuse_full_disk(run: rundir.Run, name: str, size: int) -> None:
-    """Raise DiskFull when so many bytes have no room even without the older checkpoints."""
+def _make_room(run: rundir.Run, name: str, size: int) -> None:
+    """Let older checkpoints go where so many bytes have no room; DiskFull when that is not enough."""
     if _free(run) < size + _SPARE_BYTES:
         retire(run, 1)
-    if (free := _free(run)) < size + _SPARE_BYTES:
-        older = run.checkpoints()
-        known = f"{older[-1].name} is safe" if older else "there is no earlier one"
-        raise DiskFull(
-            f"{name} needs {size / 1e6:.0f} MB on the disk that holds {run.folder}, which has {free / 1e6:.0f} MB "
-            f"left; {known}. Training stopped here rather than go on unsaved.",
-            "Free some space there, then resume the run.",
-        )
+    if _free(run) < size + _SPARE_BYTES:
+        raise _full(run, name, size)
+
+
+def _full(run: rundir.Run, name: str, size: int) -> DiskFull:
+    older = run.checkpoints()
+    known = f"{older[-1].name} is safe" if older else "there is no earlier one"
+    return DiskFull(
+        f"{name} needs {size / 1e6:.0f} MB on the disk that holds {run.folder}, which has {_free(run) / 1e6:.0f} MB "
+        f"left; {known}. Training stopped here rather than go on unsaved.",
+        "Free some space there, then resume the run.",
+    )
 
 
 def _free(run: rundir.Run) -> int:

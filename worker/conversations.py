@@ -147,17 +147,26 @@ class Encoder:
                 continue
             if index == 0:
                 raise LeftOut("the assistant speaks first")
-            asked = self.renderer.text(chat[:index])
-            told = self.renderer.text(chat[: index + 1], add_generation_prompt=False)
+            asked = self._text(chat[:index])
+            told = self._text(chat[: index + 1], add_generation_prompt=False)
             if not (asked.startswith(text) and told.startswith(asked)):
                 raise LeftOut("the template writes earlier turns another way once there are later ones")
             pieces += [(asked[len(text) :], False), (told[len(asked) :], True)]
             text = told
         return pieces
 
+    def _text(self, chat: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The template's text; LeftOut for a conversation that it refuses, as some do with a system message."""
+        try:
+            return self.renderer.text(chat, add_generation_prompt)
+        except ConfigFailure as refusal:
+            raise LeftOut(refusal.message.rstrip(".")) from refusal
+
     def _plain_pieces(self, chat: Sequence[Message]) -> list[tuple[str, bool]]:
         if [message["role"] for message in chat] != ["user", "assistant"]:
             raise LeftOut("without a template only one question with one reply can be learned")
+        if not chat[0]["content"]:
+            raise LeftOut("an empty question")
         return [(chat[0]["content"], False), (chat[1]["content"], True)]
 
     def _ids(self, text: str, *, first: bool) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,21 @@ from random import Random
 from typing import Any
 
 from jobs import rundir, spec
-from worker import builtin, lora, models, sources, wanted
+from worker import builtin, continuing, lora, models, sources, wanted
 from worker.batches import Budget, Plan
 from worker.conversations import Encoder, LeftOut, Sample, shown
 from worker.failures import ConfigFailure
 from worker.prompts import Renderer, context_length
 
-SHOWN_ROWS = 3
+SHOWN_ROWS, SHOWN_REASONS = 3, 8
+LeftOuts = dict[str, list[int]]
+"""The numbers of the rows that nothing can be learned from, counted from 1, by why."""
 _CHANGES = (
     *("steps", "epochs", "lr", "rank", "alpha", "dropout", "targets", "quantization", "optimizer", "max_length"),
     *("batch_size", "batch_tokens", "accumulation", "packing", "mix", "schedule", "warmup", "weight_decay", "clip"),
-    *("eval_rows", "activation_checkpointing", "seed"),
+    *("eval_rows", "activation_checkpointing", "seed", "patience", "min_delta"),
 )
-"""Parameters that change the weights that come out. How often they are saved or tested does not."""
+"""Parameters that change the weights that come out. How often they are saved does not."""
 Say = Callable[[str], None]
 
 
@@ -42,8 +43,8 @@ class Prepared:
     plan: Plan
     micros: int | None
     """How many micro-batches there are in all; None where `steps` decides."""
-    left_out: Counter[str]
-    """How many rows nothing can be learned from, by why."""
+    left_out: LeftOuts
+    """The rows that nothing can be learned from."""
     identity: dict[str, Any]
     device: str
 
@@ -62,6 +63,10 @@ class Prepared:
         """What tells this training from every other."""
         return spec.digest(self.identity)
 
+    def first_rows(self) -> list[str]:
+        """The first rows as the model sees them, with what is learned of them marked."""
+        return [shown(sample, self.tokenizer) for sample in self.samples[:SHOWN_ROWS]]
+
     def resolved(self) -> dict[str, Any]:
         """The document of resolved.json."""
         return {
@@ -69,13 +74,13 @@ class Prepared:
             "identity": self.identity,
             "device": self.device,
             "model": self.params["model"],
-            "first_prompt": shown(self.samples[0], self.tokenizer),
+            "first_prompt": self.first_rows()[0],
             "warnings": self.warnings(),
         }
 
     def warnings(self) -> list[str]:
         """What a person should know of the rows before they are learned."""
-        return [f"{count} rows are left out: {why}." for why, count in sorted(self.left_out.items())]
+        return [f"{count} rows are left out: {why}." for count, why in _in_words(self.left_out)]
 
 
 def prepare(job: dict[str, Any], run: rundir.Run, say: Say) -> Prepared:
@@ -91,6 +96,21 @@ def rehearse(job: dict[str, Any], scratch: Path, say: Say) -> Prepared:
     return _prepare(job, lambda: builtin.outline(scratch), {}, say)
 
 
+def unseen(params: dict[str, Any]) -> str:
+    """What of a training's tokenizer and rows is not on this computer, in words; empty when all of it is."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in filter(None, (_source(params).dataset, params["mix"] and params["mix_dataset"])):
+        if name != sources.GENERATED and not sources.is_path(name):
+            return f"the dataset {name} is on the Hub"
+    model, revision = params["model"], params["revision"]
+    needed = ("config.json", "tokenizer_config.json")
+    if model == builtin.NAME or Path(model).is_dir():
+        return ""
+    kept = [try_to_load_from_cache(model, file, revision=revision) for file in needed]
+    return "" if all(isinstance(path, str) for path in kept) else f"the tokenizer of {model} is not here"
+
+
 def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Say) -> Prepared:
     params = job["params"]
     _check(params)
@@ -98,16 +118,22 @@ def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str,
     records = sources.load(_source(params))
     mixed = sources.load(sources.Source(params["mix_dataset"], params["split"])) if params["mix"] else None
     request = _request(params, built_in() if params["model"] == builtin.NAME else None, known)
+    if request.adapter is not None:
+        continuing.check(params, request)
     renderer = Renderer(models.load_tokenizer(request), params["chat_template"])
     encoder = _encoder(params, request, renderer)
     rows = records.rows[: job["limit"]]
     say(f"tokenizing {len(rows)} rows")
-    left_out: Counter[str] = Counter()
+    left_out: LeftOuts = {}
     samples = _encoded(encoder, rows, left_out)
     _refuse_too_few(samples, left_out, params["left_out"])
     held, samples = _held(samples, params)
     if mixed is not None:
-        samples += _mixed(_encoded(encoder, mixed.rows, left_out), len(samples), params)
+        lost: LeftOuts = {}
+        other = _encoded(encoder, mixed.rows, lost)
+        _refuse_too_few(other, lost, params["left_out"])
+        samples += _mixed(other, len(samples), params)
+        left_out |= {f"{why}, in {params['mix_dataset']}": numbers for why, numbers in lost.items()}
     plan = Plan([len(sample) for sample in samples], _budget(params), params["seed"])
     digests = {"dataset_digest": records.digest, "mix_digest": mixed.digest if mixed else None, "limit": job["limit"]}
     return Prepared(
@@ -129,6 +155,11 @@ def _check(params: dict[str, Any]) -> None:
     """Raise ConfigFailure for parameters that do not go together."""
     if bool(params["mix"]) is not bool(params["mix_dataset"]):
         raise ConfigFailure("mix and mix_dataset belong together.", "--set mix=0.1 --set mix_dataset=old.jsonl")
+    if params["patience"] and not params["eval_rows"]:
+        raise ConfigFailure(
+            f"patience={params['patience']} waits for the loss on rows held out, and none are.",
+            "--set eval_rows=100",
+        )
     if params["dtype"] in ("float16", "float64"):
         raise ConfigFailure(
             f"dtype={params['dtype']} cannot be trained with: gradients that are small become zero in float16, and "
@@ -165,22 +196,32 @@ def _encoder(params: dict[str, Any], request: models.ModelRequest, renderer: Ren
     return Encoder(renderer, ends, min(params["max_length"], params["batch_tokens"] or params["max_length"]))
 
 
-def _encoded(encoder: Encoder, rows: list[dict[str, Any]], left_out: Counter[str]) -> list[Sample]:
-    """The rows as samples; what cannot be learned from is counted."""
+def _encoded(encoder: Encoder, rows: list[dict[str, Any]], left_out: LeftOuts) -> list[Sample]:
+    """The rows as samples; what cannot be learned from is noted by its number."""
     found = []
     for number, row in enumerate(rows, start=1):
         try:
             found.append(encoder.encode(number, row))
         except LeftOut as why:
-            left_out[str(why)] += 1
+            left_out.setdefault(str(why), []).append(number)
     return found
 
 
-def _refuse_too_few(samples: list[Sample], left_out: Counter[str], most: float) -> None:
+def _in_words(left_out: LeftOuts) -> list[tuple[int, str]]:
+    """How many rows are left out and why, with the numbers of the first ones; the most first, and not endlessly."""
+    found = []
+    for why, numbers in sorted(left_out.items(), key=lambda entry: -len(entry[1]))[:SHOWN_REASONS]:
+        first = ", ".join(map(str, numbers[:SHOWN_ROWS])) + (", …" if len(numbers) > SHOWN_ROWS else "")
+        found.append((len(numbers), f"{why} (row {first})"))
+    others = sum(map(len, left_out.values())) - sum(count for count, _ in found)
+    return [*found, (others, "other reasons")] if others else found
+
+
+def _refuse_too_few(samples: list[Sample], left_out: LeftOuts, most: float) -> None:
     """Raise ConfigFailure when more than that share of the rows teaches nothing."""
-    lost = left_out.total()
+    lost = sum(map(len, left_out.values()))
     if not samples or lost > most * (lost + len(samples)):
-        reasons = "; ".join(f"{count} rows: {why}" for why, count in left_out.most_common())
+        reasons = "; ".join(f"{count} rows: {why}" for count, why in _in_words(left_out))
         raise ConfigFailure(
             f"Of {lost + len(samples)} rows {lost} cannot be learned from ({reasons}). Nothing was trained.",
             "Mend the rows, raise max_length, or allow it: --set left_out=0.5",
@@ -222,14 +263,16 @@ def _identity(params: dict[str, Any], request: models.ModelRequest, renderer: Re
         "model_digest": models.digest(request.model, request.revision),
         "template_digest": renderer.template_digest,
         "dtype": models.dtype_name(request),
+        "adapter_digest": None if request.adapter is None else models.digest(request.adapter, None),
+        "eval_every": params["eval_every"] if params["patience"] else None,
         **{name: params[name] for name in _CHANGES},
     }
 
 
 def show(prepared: Prepared, say: Say) -> None:
     """Say what will be learned: the first rows with their targets marked, what is left out, and how many steps."""
-    for sample in prepared.samples[:SHOWN_ROWS]:
-        say(shown(sample, prepared.tokenizer))
+    for row in prepared.first_rows():
+        say(row)
     for warning in prepared.warnings():
         say(f"warning: {warning}")
     tokens = sum(map(len, prepared.samples))

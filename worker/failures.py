@@ -44,3 +44,21 @@ class EngineDied(WorkerFailure):
     """What generates ended or fell silent in the middle; rows so far are kept, and a resume makes the others."""
 
     kind = "engine"
+
+
+class Diverged(WorkerFailure):
+    """The loss or its gradient is no number any more; what was saved before is whole."""
+
+    kind = "diverged"
+
+
+class NothingLearned(WorkerFailure):
+    """Adapter layers stay as they were made: money would be spent on a model that does not change."""
+
+    kind = "idle_layers"
+
+
+class OutOfMemory(WorkerFailure):
+    """The device cannot hold a micro-batch; trying again changes nothing."""
+
+    kind = "out_of_memory"

@@ -9,10 +9,10 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from worker import batches, models, quantization
+from worker import batches, continuing, models, quantization
 from worker.conversations import Sample
 from worker.failures import ConfigFailure, WorkerFailure
 
@@ -60,6 +60,8 @@ class Learner:
     device: Any
     weights: dict[str, Any]
     """Every trainable parameter by its name, all float32."""
+    begun: dict[str, Any] = field(default_factory=dict)
+    """What each lora_B was before the first step, on the CPU, where it was not zero."""
 
     @property
     def pad_id(self) -> int:
@@ -68,11 +70,11 @@ class Learner:
 
 
 def load(request: models.ModelRequest, settings: Settings) -> Learner:
-    """The model, frozen, with new adapter layers that the seed decides; raises ConfigFailure."""
+    """The model, frozen, with adapter layers that the seed decides, or the request's own; raises ConfigFailure."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    loaded = models.load_model(request)
+    loaded = models.load_model(dataclasses.replace(request, adapter=None))
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -94,7 +96,10 @@ def load(request: models.ModelRequest, settings: Settings) -> Learner:
     wrong = [name for name, each in weights.items() if each.dtype != torch.float32]
     if wrong:
         raise WorkerFailure(f"{wrong[0]} is not float32: training it in fewer bits would lose most of its steps.")
-    return Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    learner = Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    if request.adapter is not None:
+        continuing.take_over(learner, request.adapter)
+    return learner
 
 
 def _targets(words: str) -> str | list[str]:
@@ -168,11 +173,13 @@ def unchanging(learner: Learner) -> Iterator[None]:
 
 
 def idle_layers(learner: Learner) -> list[str]:
-    """Adapter layers that have learned nothing yet: their B is zero as it was made. Experts may not have been asked."""
+    """Adapter layers that have learned nothing yet: their B is as it was made. Experts may not have been asked."""
     return [
         name
         for name, each in learner.weights.items()
-        if "lora_B" in name and "expert" not in name and not bool(each.detach().any())
+        if "lora_B" in name
+        and "expert" not in name
+        and not bool((each.detach().cpu() - learner.begun.get(name, 0)).any())
     ]
 
 
@@ -248,18 +255,22 @@ def state(learner: Learner) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def restore(learner: Learner, tensors: Mapping[str, Any], values: Mapping[str, Any], *, stepped: bool) -> None:
-    """Take over what `state` gave. StateMismatch when a weight's part of it is missing (`stepped`) or is of another."""
+    """Take over what `state` gave, and nothing of what there was.
+
+    StateMismatch when a weight's part of it is missing (`stepped`: after a step there is one of each) or is of another.
+    """
     known = {f"optimizer/{name}": each for name, each in learner.weights.items()}
     states: dict[str, dict[str, Any]] = {name: {} for name in known}
     for name, value in (*tensors.items(), *values.items()):
         if name.startswith("optimizer/"):
             owner, _, key = name.rpartition("/")
             if owner not in states:
-                raise _mismatch(f"it has {owner}, which this training has not")
+                raise mismatch(f"it has {owner}, which this training has not")
             states[owner][key] = value
     without = [name for name, held in states.items() if stepped and not held]
     if without:
-        raise _mismatch(f"it lacks {without[0]}, so the optimizer would begin anew")
+        raise mismatch(f"it lacks {without[0]}, so the optimizer would begin anew")
+    learner.optimizer.state.clear()
     for name, held in states.items():
         if held:
             learner.optimizer.state[known[name]] = {key: _placed(key, each, known[name]) for key, each in held.items()}
@@ -290,7 +301,7 @@ def set_random_states(learner: Learner, states: Mapping[str, Any]) -> None:
 
     missing = random_states(learner).keys() - states.keys()
     if missing:
-        raise _mismatch(f"it has no random numbers for {', '.join(missing)}: it was made on another kind of device")
+        raise mismatch(f"it has no random numbers for {', '.join(missing)}: it was made on another kind of device")
     torch.set_rng_state(states["cpu"])
     if learner.device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], learner.device)
@@ -300,10 +311,11 @@ def _match(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     wrong = sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
     if wrong:
         name = wrong[0]
-        raise _mismatch(f"{name} has the shape {found.get(name)}, needed is {wanted.get(name)}")
+        raise mismatch(f"{name} has the shape {found.get(name)}, needed is {wanted.get(name)}")
 
 
-def _mismatch(why: str) -> StateMismatch:
+def mismatch(why: str) -> StateMismatch:
+    """The failure of a checkpoint that does not fit."""
     return StateMismatch(
         f"The checkpoint does not fit this training: {why}. Nothing was trained.",
         "Resume where it was made, or start a new run.",

@@ -82,7 +82,7 @@ def load_config(request: ModelRequest) -> Any:
     from transformers import AutoConfig
 
     _check_folder(request)
-    with _explained(request, "configuration"):
+    with explained(request, "configuration"):
         return AutoConfig.from_pretrained(request.model, **_source(request))
 
 
@@ -114,7 +114,7 @@ def load_tokenizer(request: ModelRequest) -> Any:
             f"{folder} has no tokenizer files (looked for {', '.join(TOKENIZER_PATTERNS)}).",
             "Save the tokenizer into the same folder: tokenizer.save_pretrained(folder).",
         )
-    with _explained(request, "tokenizer"):
+    with explained(request, "tokenizer"):
         return AutoTokenizer.from_pretrained(request.model, **_source(request))
 
 
@@ -133,10 +133,10 @@ def load_model(request: ModelRequest) -> LoadedModel:
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     how = {"dtype": dtype, "device_map": {"": device}, **quantization.arguments(request.quantization, dtype)}
-    with _explained(request, "weights"):
+    with explained(request, "weights"):
         model = AutoModelForCausalLM.from_pretrained(request.model, **how, **_source(request))
     if request.adapter is not None:
-        _check_base(request)
+        check_base(request)
         model = _with_adapter(model, request.adapter)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if device.type == "cpu" and parameters < SMALL_MODEL_PARAMETERS:
@@ -238,7 +238,7 @@ def _commit(name: str, revision: str | None) -> str:
 
     if revision and re.fullmatch("[0-9a-f]{40}", revision):
         return revision
-    with _explained(ModelRequest(name, revision), "files"):
+    with explained(ModelRequest(name, revision), "files"):
         try:
             path = hf_hub_download(name, "config.json", revision=revision)
         except EntryNotFoundError:  # an adapter
@@ -289,7 +289,7 @@ def _base_of(adapter: Path) -> str | None:
     return str(base) if base else None
 
 
-def _check_base(request: ModelRequest) -> None:
+def check_base(request: ModelRequest) -> None:
     """ConfigFailure when an adapter that we trained says that it was for other weights than this model's."""
     try:
         trained_on = json.loads((Path(str(request.adapter)) / "training.json").read_text())["model_digest"]
@@ -310,7 +310,7 @@ def _with_adapter(model: Any, adapter: str) -> Any:
             "Name the folder that peft's save_pretrained wrote.",
         )
     request = ModelRequest(model=adapter)
-    with _explained(request, "adapter"), warnings.catch_warnings():
+    with explained(request, "adapter"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of weights it misses; they are counted below
         wanted = {name for name in load_peft_weights(adapter, device="cpu") if "lora_" in name}
         try:
@@ -338,7 +338,7 @@ def _other_base(adapter: str, why: str) -> ConfigFailure:
 
 
 @contextlib.contextmanager
-def _explained(request: ModelRequest, what: str) -> Iterator[None]:
+def explained(request: ModelRequest, what: str) -> Iterator[None]:
     """Turns what transformers, peft and the Hub client raise while loading into a ConfigFailure with a hint."""
     from safetensors import SafetensorError
 

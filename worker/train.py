@@ -19,32 +19,18 @@ from jobs import durable, rows, rundir, times
 from worker import batches, checkpoints, curriculum, facts, lora, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
-from worker.failures import WorkerFailure
+from worker.failures import Diverged, NothingLearned, OutOfMemory
 from worker.progress import Progress
 
 ADAPTER = "adapter"
-ABOUT, STATE, TENSORS = "training.json", "state.json", "state.safetensors"
+ABOUT, STATE, TENSORS, BEST = "training.json", "state.json", "state.safetensors", "best.safetensors"
 IDLE_STEPS = 5
 """After so many steps every adapter layer has learned something, or nothing reaches it."""
 _STOPPED = 128 + signal.SIGTERM
 
 
-class Diverged(WorkerFailure):
-    """The loss or its gradient is no number any more; what was saved before is whole."""
-
-    kind = "diverged"
-
-
-class NothingLearned(WorkerFailure):
-    """Adapter layers stay as they were made: money would be spent on a model that does not change."""
-
-    kind = "idle_layers"
-
-
-class OutOfMemory(WorkerFailure):
-    """The device cannot hold a micro-batch; trying again changes nothing."""
-
-    kind = "out_of_memory"
+class AnotherTraining(lora.StateMismatch):
+    """A checkpoint of other rows, settings or weights; nothing of it was used."""
 
 
 @dataclass
@@ -61,6 +47,11 @@ class Standing:
     """Spent on steps so far, in all attempts."""
     tokens_all: int = 0
     targets_all: int = 0
+    best_loss: float | None = None
+    """The least so far on the rows held out, where `patience` asks for it, and the step that had it."""
+    best_step: int = 0
+    waited: int = 0
+    """Measurements since then."""
 
 
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
@@ -90,10 +81,15 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says: the first row as it is learned, what is left out, and how many steps. Loads no model."""
+    """What a dry run says: the first rows as they are learned, what is left out, and how many steps. Loads no model.
+
+    Of a job that says `at_hand`, `unseen` tells what would have to be fetched first, and nothing else is done.
+    """
+    if job.get("at_hand") and (why := curriculum.unseen(job["params"])):
+        return {"unseen": why}
     with tempfile.TemporaryDirectory() as scratch:
         prepared = curriculum.rehearse(job, Path(scratch), lambda _: None)
-        first = prepared.resolved()["first_prompt"]
+        first = "\n".join(prepared.first_rows())
     lengths = [len(sample) for sample in prepared.samples]
     return {
         "examples": len(prepared.samples),
@@ -115,12 +111,13 @@ class Training:
     learner: lora.Learner
     at: Standing = field(default_factory=Standing)
     stop_asked: bool = False
+    best: bytes = b""
+    """The adapter's weights after `at.best_step` steps."""
 
     def begin(self) -> None:
         """Go on from the newest whole checkpoint, or begin; from here on a TERM saves before it ends the worker."""
-        folder = checkpoints.newest(self.run, say)
+        folder = self._restored()
         if folder:
-            self.restore(folder)
             say(f"going on from {folder.name}: {self.at.step} of {self.prepared.steps} steps are done")
         elif self.prepared.params["packing"]:
             lora.check_packing(self.learner, self.prepared.samples)
@@ -137,7 +134,7 @@ class Training:
     def steps(self) -> Iterator[rows.Row]:
         """Do every step that is left; each gives its line of steps.jsonl once the weights have changed."""
         stream = self.prepared.plan.stream(skip=self.at.step * self.prepared.accumulation)
-        while self.at.step < self.prepared.steps:
+        while self.at.step < self.prepared.steps and not self._has_waited():
             micros = list(itertools.islice(stream, self._micros_of_step()))
             began = time.monotonic()
             epoch = micros[0][0]
@@ -166,7 +163,7 @@ class Training:
             self.at.micro += 1
         norm = lora.update(self.learner, rate, self.prepared.params["clip"])
         if not math.isfinite(norm):
-            raise self._diverged("the gradient")
+            raise self._diverged(f"In step {self.at.step + 1} the gradient")
         self.at.step, self.at.micro = self.at.step + 1, 0
         self._refuse_idle_layers()
         return norm
@@ -190,7 +187,7 @@ class Training:
             ) from error
         part = float(loss.detach())
         if not math.isfinite(part):
-            raise self._diverged("the loss")
+            raise self._diverged(f"In step {self.at.step + 1} the loss")
         return part
 
     def rate(self) -> float:
@@ -232,7 +229,7 @@ class Training:
             return int(torch.cuda.max_memory_allocated(self.learner.device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-    def _tested(self) -> dict[str, float]:
+    def _tested(self) -> dict[str, Any]:
         """The mean loss of the rows held out, when it is their turn; random numbers are not drawn for it."""
         params = self.prepared.params
         is_due = self.at.step % params["eval_every"] == 0 or self.at.step == self.prepared.steps
@@ -243,7 +240,26 @@ class Training:
             for sample in self.prepared.held:
                 batch = batches.collate([sample], self.learner.pad_id, packing=False)
                 total += float(lora.loss_sum(self.learner, batch))
-        return {"eval_loss": total / sum(sample.targets for sample in self.prepared.held)}
+        if not math.isfinite(total):
+            raise self._diverged(f"After step {self.at.step} the loss of the rows held out")
+        loss = total / sum(sample.targets for sample in self.prepared.held)
+        return {"eval_loss": loss, **self._compared(loss)}
+
+    def _compared(self, loss: float) -> dict[str, Any]:
+        """What a line says of early stopping; an adapter better than all before is held."""
+        if not self.prepared.params["patience"]:
+            return {}
+        at = self.at
+        if at.best_loss is None or loss < at.best_loss - self.prepared.params["min_delta"]:
+            at.best_loss, at.best_step, at.waited = loss, at.step, 0
+            self.best = lora.adapter_files(self.learner, "")[lora.WEIGHTS]
+        else:
+            at.waited += 1
+        return {"best_step": at.best_step, "stops_early": self._has_waited() and at.step < self.prepared.steps}
+
+    def _has_waited(self) -> bool:
+        """Whether the loss on the rows held out has not become better for as long as was asked."""
+        return bool(0 < self.prepared.params["patience"] <= self.at.waited)
 
     def probe(self) -> None:
         """Hold the largest micro-batch once, so that memory runs out now or never; nothing is learned of it."""
@@ -268,7 +284,7 @@ class Training:
 
     def _diverged(self, what: str) -> Diverged:
         return Diverged(
-            f"In step {self.at.step + 1} {what} is not a number any more. {self._safe()}",
+            f"{what} is not a number any more. {self._safe()}",
             "Start a new run with a smaller lr, more warmup, or a smaller clip.",
         )
 
@@ -283,39 +299,72 @@ class Training:
         from safetensors.torch import save
 
         tensors, values = lora.state(self.learner)
-        state = {"at": asdict(self.at), "values": values}
+        state = {"at": asdict(self.at), "values": values, "tensors": sorted(tensors)}
         files = {**self._adapter(), TENSORS: save(tensors), STATE: json.dumps(state).encode() + b"\n"}
+        if self.at.best_step not in (0, self.at.step):
+            files[BEST] = self.best
         checkpoints.save(self.run, rundir.checkpoint_name(self.at.step, self.at.micro), files)
         checkpoints.retire(self.run)
 
+    def _restored(self) -> Path | None:
+        """The checkpoint that is gone on from: the newest with all that is needed; else its failure is raised."""
+        refused: dict[Path, lora.StateMismatch] = {}
+        for folder in checkpoints.whole(self.run, say):
+            try:
+                self.restore(folder)
+            except AnotherTraining:
+                raise
+            except lora.StateMismatch as why:
+                refused[folder] = why
+                say(f"{folder.name} is passed over, the one before it is looked at: {why.message}")
+                continue
+            for passed in refused:
+                checkpoints.discard(passed)
+            return folder
+        if refused:
+            raise next(iter(refused.values()))
+        return None
+
     def restore(self, folder: Path) -> None:
-        """Take over a checkpoint that was found whole; lora.StateMismatch when it is of another training."""
+        """Take over a checkpoint that was found whole. AnotherTraining; lora.StateMismatch when a part is missing."""
         from safetensors.torch import load
 
-        about = durable.load_json(folder / ABOUT)
-        if about["fingerprint"] != self.prepared.fingerprint:
-            raise lora.StateMismatch(
-                f"{folder.name} belongs to another training ({about['model']}). Nothing was trained.",
+        try:
+            about, state = (durable.load_json(folder / name) for name in (ABOUT, STATE))
+            adapter, tensors = ((folder / name).read_bytes() for name in (lora.WEIGHTS, TENSORS))
+            made_for, at, values = about["fingerprint"], Standing(**state["at"]), state["values"]
+            listed = state["tensors"]
+            best = adapter if at.best_step in (0, at.step) else (folder / BEST).read_bytes()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise lora.mismatch(f"{folder.name} lacks {error}") from error
+        if made_for != self.prepared.fingerprint:
+            raise AnotherTraining(
+                f"{folder.name} belongs to another training ({about.get('model')}). Nothing was trained.",
                 "Start a new run.",
             )
-        state = durable.load_json(folder / STATE)
-        self.at = Standing(**state["at"])
-        lora.load_adapter(self.learner, (folder / lora.WEIGHTS).read_bytes())
-        tensors = load((folder / TENSORS).read_bytes())
-        lora.restore(self.learner, tensors, state["values"], stepped=self.at.step > 0)
+        found = load(tensors)
+        if lost := sorted(set(listed) - found.keys()):
+            raise lora.mismatch(f"it lacks {lost[0]}")
+        lora.load_adapter(self.learner, adapter)
+        lora.restore(self.learner, found, values, stepped=at.step > 0)
+        self.at, self.best = at, best
 
     def finish(self) -> None:
-        """Have the adapter in the run's folder, as peft reads it."""
-        checkpoints.save(self.run, ADAPTER, self._adapter())
+        """Have the adapter in the run's folder, as peft reads it: with `patience` the best one, else the last."""
+        files, at = self._adapter(self.at.best_step or self.at.step), self.at
+        if at.best_step:
+            files[lora.WEIGHTS] = self.best
+            say(f"of {at.step} steps number {at.best_step} was the best (loss {at.best_loss:.4f} on the rows held out)")
+        checkpoints.save(self.run, ADAPTER, files)
 
-    def _adapter(self) -> dict[str, bytes]:
+    def _adapter(self, step: int | None = None) -> dict[str, bytes]:
         """The adapter's files, with what it was trained on: another base is refused by it."""
         model = self.prepared.params["model"]
         about = {
             "model": model,
             "model_digest": self.prepared.identity["model_digest"],
             "fingerprint": self.prepared.fingerprint,
-            "step": self.at.step,
+            "step": self.at.step if step is None else step,
         }
         return {**lora.adapter_files(self.learner, model), ABOUT: json.dumps(about, indent=1).encode() + b"\n"}
 

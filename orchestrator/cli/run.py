@@ -103,6 +103,9 @@ def run(ctx: click.Context, /, name: str | None, **how: Any) -> None:
 def _looked_at(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any], many: int) -> planning.Asked:
     """What was asked, with what is to be rented for it; a dry run says what is found of it."""
     if sharing.is_rented(how):
+        from orchestrator import rehearsal
+
+        rehearsal.look(document, output.progress(how["quiet"]))
         return _rented(asked, document, how, many)
     if how["dry_run"]:
         _show_check(planning.check(document), how["as_json"])

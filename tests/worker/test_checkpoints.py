@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def test_the_newest_whole_one_is_used_and_a_damaged_one_is_said(run: rundir.Run,
         checkpoints.save(run, rundir.checkpoint_name(step), FILES)
     DAMAGES[damage](run.folder / "checkpoint-10")
     said: list[str] = []
-    assert checkpoints.newest(run, said.append) == run.folder / "checkpoint-9"
+    assert next(checkpoints.whole(run, said.append)) == run.folder / "checkpoint-9"
     assert len(said) == 1
     assert said[0].startswith("checkpoint-10 is damaged")
     assert [path.name for path in run.checkpoints()] == ["checkpoint-9"]
@@ -63,7 +64,7 @@ def test_one_without_its_manifest_does_not_exist(run: rundir.Run) -> None:
     checkpoints.save(run, "checkpoint-10", FILES)
     (run.folder / "checkpoint-10" / rundir.MANIFEST).unlink()
     said: list[str] = []
-    assert checkpoints.newest(run, said.append) == run.folder / "checkpoint-9"
+    assert next(checkpoints.whole(run, said.append)) == run.folder / "checkpoint-9"
     assert said == []
     checkpoints.sweep(run)
     assert names(run) == ["checkpoint-9"]
@@ -87,7 +88,7 @@ def test_the_newest_by_number_stay_whatever_their_times(run: rundir.Run) -> None
         os.utime(run.folder / name, (10_000 - age, 10_000 - age))
     checkpoints.retire(run)
     assert names(run) == ["checkpoint-1000", "checkpoint-1000.2"]
-    assert checkpoints.newest(run, print) == run.folder / "checkpoint-1000.2"
+    assert next(checkpoints.whole(run, print)) == run.folder / "checkpoint-1000.2"
 
 
 def test_one_that_is_being_copied_stays_until_the_next_time(run: rundir.Run) -> None:
@@ -167,3 +168,24 @@ def test_names_and_numbers_of_checkpoints_are_one_another(step: int, micro: int)
     assert rundir.may_come_home(f"{name}/{rundir.MANIFEST}")
     assert rundir.is_of_weights(Path(name))
     assert rundir.checkpoint_number(f".{name}.staged") is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="only root makes a small disk")
+def test_a_disk_that_fills_up_within_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the room that was seen is gone before the last byte, nothing half is left, and what is safe is said."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode()}")
+    try:
+        run = rundir.Run(disk)
+        monkeypatch.setattr(checkpoints, "_SPARE_BYTES", 0)
+        checkpoints.save(run, "checkpoint-1", FILES)
+        monkeypatch.setattr(checkpoints, "_free", lambda run: 1 << 30)
+        with pytest.raises(DiskFull, match=r"checkpoint-2 needs 2 MB .* checkpoint-1 is safe"):
+            checkpoints.save(run, "checkpoint-2", {**FILES, "state.safetensors": bytes(2_000_000)})
+        assert names(run) == ["checkpoint-1"]
+        assert rundir.damage(disk / "checkpoint-1") is None
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -89,6 +89,17 @@ def test_a_row_that_teaches_nothing_is_left_out_and_says_why(row: dict[str, Any]
         encoder().encode(1, row)
 
 
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def test_a_role_that_the_template_refuses_leaves_out_the_row_alone() -> None:
+    """As Gemma's template does with a system message: the words are the template's, and other rows are learned."""
+    made = encoder(REFUSING + tiny_models.CHATML)
+    assert learned(made, {"messages": TALK[1:3]}) == ["1<|end|>"]
+    with pytest.raises(LeftOut, match="roles system, user: System role not supported"):
+        made.encode(1, {"messages": TALK[:3]})
+
+
 def test_a_template_that_rewrites_earlier_turns_is_seen() -> None:
     """One turn is fine; where a later turn changes an earlier one the row is left out, not masked wrongly."""
     assert learned(encoder(THINKING), {"messages": TALK[:3]}) == ["THINK 1<|end|>"]
@@ -115,6 +126,14 @@ def test_without_a_template_the_bare_text_ends_with_the_end_token() -> None:
     made = encoder("none", end=2, adds_bos=True)
     assert learned(made, {"prompt": "2+2=", "completion": "4"}) == ["4</s>"]
     assert made.encode(1, {"prompt": "2+2=", "completion": "4"}).ids[0] == 1
+    with pytest.raises(LeftOut, match="an empty question"):
+        made.encode(1, {"prompt": "", "completion": "4"})
+
+
+def test_a_text_that_brings_its_own_beginning_is_refused_without_a_template_too() -> None:
+    """The tokenizer adds BOS to a bare text; one in the text makes two."""
+    with pytest.raises(ConfigFailure, match="begins with <s> twice"):
+        encoder("none", end=2, adds_bos=True).encode(1, {"prompt": "<s>2+2=", "completion": "4"})
 
 
 def test_padding_with_the_end_token_does_not_hide_it() -> None:

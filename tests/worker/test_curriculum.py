@@ -56,6 +56,26 @@ def test_epochs_or_steps_decide_how_long_it_takes(run: rundir.Run) -> None:
     assert prepared(run, epochs=3, batch_size=7, accumulation=2, steps=5).steps == 5
 
 
+def test_rows_that_teach_nothing_are_told_by_their_numbers(run: rundir.Run) -> None:
+    """Of the user's rows and of those mixed in: how many, why, and which ones first; beyond the share, refused."""
+    good = {"prompt": "Q?", "completion": "A"}
+    bad = [{"prompt": "Q?", "completion": ""}] * 4 + [{"messages": []}]
+    lines = [json.dumps(row) + "\n" for row in [*[good] * 20, *bad]]
+    Path("rows.jsonl").write_text("".join(lines))
+    old = old_rows(30)
+    old.write_text(old.read_text() + json.dumps(bad[-1]) + "\n")
+    settings = {"dataset": "rows.jsonl", "mix": 0.1, "mix_dataset": old}
+    assert prepared(run, **settings, left_out=0.2).warnings() == [
+        "4 rows are left out: nothing to learn: every reply is empty (row 21, 22, 23, …).",
+        "1 rows are left out: no messages (row 25).",
+        "1 rows are left out: no messages, in old.jsonl (row 31).",
+    ]
+    with pytest.raises(ConfigFailure, match=r"Of 25 rows 5 cannot .* \(4 rows: nothing to learn.* 23, …\); 1 rows: no"):
+        prepared(run, **settings, left_out=0.1)
+    with pytest.raises(ConfigFailure, match="Of 31 rows 1 cannot"):
+        prepared(run, **{**settings, "dataset": "auto"}, left_out=0.02)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -67,6 +87,7 @@ def test_epochs_or_steps_decide_how_long_it_takes(run: rundir.Run) -> None:
         ({"max_length": 40}, "cannot be learned from .* more than 40 tokens"),
         ({"batch_tokens": 40}, "more than 40 tokens"),
         ({"model": "somebody/else"}, "needs rows to learn from"),
+        ({"dataset": "bad.jsonl"}, r"bad.jsonl, line 3: not JSON"),
     ],
 )
 def test_what_cannot_work_is_said_before_a_model_loads(
@@ -74,5 +95,6 @@ def test_what_cannot_work_is_said_before_a_model_loads(
 ) -> None:
     """Settings that do not go together, rows that do not fit: refused with what would be right."""
     old_rows(30)
+    Path("bad.jsonl").write_text('{"prompt": "Q?", "completion": "A"}\n\n{"prompt": "Q?"\n')
     with pytest.raises(ConfigFailure, match=words):
         prepared(run, **settings)

@@ -154,6 +154,36 @@ def test_a_checkpoint_without_a_part_of_its_state_is_refused(
     (folder / "part").unlink()
     forge(folder, **{train.TENSORS: data})
     assert "does not fit this training" in refused(run, schooling.job(**SHORT), lora.StateMismatch)
+    assert run.checkpoints() == [folder], "what cannot be gone on with was taken away"
+
+
+@pytest.mark.parametrize("part", ["gradient/", "optimizer/base_model", train.STATE, train.TENSORS])
+def test_one_that_lacks_something_is_stepped_over_and_said(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """A checkpoint without a gradient, a moment or a file: the one before it is gone on from, to the same end."""
+    document = schooling.job(**{**SHORT, "save_every": 1})
+    calm, run = (schooling.run_in(tmp_path / name, models) for name in ("calm", "run"))
+    schooling.attend(calm, document)
+    with monkeypatch.context() as patch:
+        schooling.stopping(patch, micros=3)
+        with pytest.raises(SystemExit):
+            schooling.attend(run, document)
+    before, folder = run.checkpoints()
+    assert (before.name, folder.name) == ("checkpoint-1", "checkpoint-1.1")
+    tensors = load_file(folder / train.TENSORS)
+    lost = next((name for name in sorted(tensors) if name.startswith(part)), None)
+    if lost:
+        save_file({name: each for name, each in tensors.items() if name != lost}, tmp_path / "part")
+        forge(folder, **{train.TENSORS: (tmp_path / "part").read_bytes()})
+    else:
+        forge(folder, **{part: None})
+    schooling.attend(run, document)
+    said = capsys.readouterr().out
+    assert "checkpoint-1.1 is passed over" in said
+    assert "going on from checkpoint-1:" in said
+    assert schooling.essence(run) == schooling.essence(calm)
+    assert schooling.files(run.folder / "adapter") == schooling.files(calm.folder / "adapter")
 
 
 def test_a_checkpoint_of_another_training_is_refused(
@@ -163,7 +193,7 @@ def test_a_checkpoint_of_another_training_is_refused(
     folder = stopped(run, monkeypatch, schooling.job(**SHORT))
     other = schooling.run_in(tmp_path / "other", models)
     shutil.copytree(folder, other.folder / folder.name)
-    assert "another training" in refused(other, schooling.job(**{**SHORT, "lr": 0.02}), lora.StateMismatch)
+    assert "another training" in refused(other, schooling.job(**{**SHORT, "lr": 0.02}), train.AnotherTraining)
 
 
 def test_a_resume_with_other_settings_is_refused(run: rundir.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +211,32 @@ def test_a_loss_that_is_no_number_ends_the_run(run: rundir.Run) -> None:
     assert "In step 1 the loss is not a number" in refused(run, schooling.job(**SHORT), train.Diverged)
     assert schooling.steps(run) == []
     assert run.checkpoints() == []
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(run: rundir.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss with an infinite gradient stops before the weights change; what was saved before stays."""
+    made = lora.update
+    steps: list[float] = []
+
+    def bursting(learner: lora.Learner, lr: float, clip: float) -> float:
+        steps.append(lr)
+        if len(steps) == 2:
+            next(iter(learner.weights.values())).grad.fill_(float("inf"))
+        return made(learner, lr, clip)
+
+    monkeypatch.setattr(lora, "update", bursting)
+    message = refused(run, schooling.job(**SHORT, save_every=1), train.Diverged)
+    assert "In step 2 the gradient is not a number any more. checkpoint-1 is safe." in message
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(run: rundir.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows held out are never measured as NaN and passed over."""
+    made = lora.loss_sum
+    monkeypatch.setattr(
+        lora, "loss_sum", lambda learner, batch: made(learner, batch) * (1 if torch.is_grad_enabled() else float("nan"))
+    )
+    message = refused(run, schooling.job(**SHORT, eval_rows=2, eval_every=1), train.Diverged)
+    assert "After step 1 the loss of the rows held out" in message
 
 
 def test_layers_that_learn_nothing_end_the_run(run: rundir.Run) -> None:
