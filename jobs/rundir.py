@@ -316,6 +316,8 @@ class Home:
         self.out = folder / OUT  # the files a command brought home, as its user sees them
         self.parts = folder / "parts"  # of a run that several machines share: a run folder for each share
         self.shared = Run(folder / "shared")  # what its first machine resolved, and all others start with
+        self.notes = folder / "notes.jsonl"  # the note command, appended: what its user wrote of it
+        self.notes_lock = folder / ".notes.lock"
         self.stop = folder / "stop.json"  # the stop command: no further share is to begin
 
     def machine(self, name: str) -> Run:

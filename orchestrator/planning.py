@@ -125,6 +125,7 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
         keep_on_failure_minutes=asked.keep_on_failure,
         machines=asked.machines,
         boxes=list(asked.boxes),
+        needs=list(asked.needs),
     )
     return runs.create(record, document, packed)
 

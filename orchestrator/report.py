@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import hashlib
 import heapq
-import json
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from jobs import durable, perplexities
-from orchestrator import training
-
-if TYPE_CHECKING:
-    import jinja2
+from orchestrator import pages, training
+from orchestrator.pages import encode as _encode
+from orchestrator.pages import text as _text
 
 Json = Mapping[str, Any]
 SUBJECTS_MAX = 200
@@ -28,9 +23,6 @@ SUBJECTS_MAX = 200
 _WAYS = ("first", "mean", "majority", "oracle")
 _SHARES_OF_ROWS = ("finish_length", "no_answer")  # metrics told among the facts of the run
 _NOT_SHARES = re.compile(r"perplexity|ppl|loss|bits|log|second|token|length", re.IGNORECASE)
-# What a page cannot show is made visible: control characters as their pictures, lone surrogates as U+FFFD.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-_ESCAPED = "<>&\u2028\u2029"  # could end <script> early or, to a reader of old, a line in it
 
 
 @dataclass(frozen=True)
@@ -67,33 +59,9 @@ def render(
     view = _view(summary, intake, job)
     view["failed"] = sum(isinstance(line, Mapping) and line.get("error") is not None for line in selections.values())
     view["data"] = (Markup(piece) for piece in _data(intake, selections, [*view["gaps"]]))  # noqa: S704 - see _encode
-    view["css"] = Markup(_asset("report.css"))  # noqa: S704 - our own file
-    view["js"] = Markup(_asset("report_theme.js") + _asset("report.js"))  # noqa: S704 - our own files
-    yield from _template().generate(view, digest=_digest)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    import jinja2
-    from markupsafe import Markup
-
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.FunctionLoader(_asset),
-        finalize=lambda value: value if isinstance(value, Markup) else "–" if value is None else _text(value),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
-
-
-def _asset(name: str) -> str:
-    return (resources.files("orchestrator") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    view["css"] = Markup(pages.asset("report.css"))  # noqa: S704 - our own file
+    view["js"] = Markup(pages.asset("report_theme.js") + pages.asset("report.js"))  # noqa: S704 - our own files
+    yield from pages.template("report.html.j2").generate(view, digest=pages.digest)
 
 
 class Mark(NamedTuple):
@@ -238,19 +206,6 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _text(value: Any) -> str | None:
-    """Any value as text a page can show; None stays None."""
-    if value is None:
-        return None
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return _HIDDEN.sub(_visible, text.replace("\r\n", "\n"))
-
-
-def _visible(hidden: re.Match[str]) -> str:
-    code = ord(hidden[0])
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
-
-
 def _shown(value: Any, chars: int) -> Any:
     """Text for the page's data: whole, or [start, characters cut, end] where it is longer than `chars`."""
     text = value if isinstance(value, str) else _text(value)
@@ -258,14 +213,6 @@ def _shown(value: Any, chars: int) -> Any:
         return _text(text)
     start = chars * 2 // 3  # the end counts too: there the answer stands
     return [_text(text[:start]), len(text) - chars, _text(text[start - chars :])]
-
-
-def _encode(value: Any) -> str:
-    """JSON that can stand inside <script>, whatever is in it."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for char in _ESCAPED:
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
 
 
 def _data(intake: Intake, selections: Mapping[str, Json], rerankers: Sequence[str]) -> Iterator[str]:

@@ -86,6 +86,8 @@ class Record:
     """Of a run that several machines share: when it was last begun again; how shares ended before is over."""
     share_of: str = ""
     """The run that this is a share of."""
+    needs: list[str] = field(default_factory=list)
+    """Files and folders that it was told to take along, as typed."""
     leads: bool = False
     """Of a share: whether it began before it was known what the run's first machine had resolved."""
 
@@ -211,10 +213,19 @@ def open_folder(folder: Path) -> Run:
 
 def remembered() -> Iterator[Run]:
     """Every run whose folder is still there, oldest first."""
-    entries = (config.state_folder() / "runs").glob("*.json")
-    folders = (Path(str(durable.load_news(entry).get("path", ""))) for entry in entries)
-    found = _opened(folder for folder in folders if (folder / "run.json").is_file())
+    found = _opened(folder for folder in _book().values() if (folder / "run.json").is_file())
     yield from sorted(found, key=lambda run: (run.record.created_at, run.run_id))
+
+
+def gone() -> dict[str, Path]:
+    """Where the runs were that are remembered and whose folder is there no more, by id, oldest first."""
+    return {name: folder for name, folder in sorted(_book().items()) if not (folder / "run.json").is_file()}
+
+
+def _book() -> dict[str, Path]:
+    """The folder of every run that is remembered, by id; it may not be there."""
+    entries = (config.state_folder() / "runs").glob("*.json")
+    return {entry.stem: Path(str(durable.load_news(entry).get("path", ""))) for entry in entries}
 
 
 def _opened(folders: Iterable[Path]) -> list[Run]:

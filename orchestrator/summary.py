@@ -27,6 +27,14 @@ def write(run: Run) -> dict[str, Any]:
     return document
 
 
+def current(run: Run) -> dict[str, Any]:
+    """The run's summary; made anew when it is not that of the record."""
+    found = durable.load_news(run.home.summary)
+    record = run.record
+    is_current = (found.get("state"), found.get("finished_at")) == (record.state, record.finished_at)
+    return found if is_current else write(run)
+
+
 def finals(home: rundir.Home) -> Iterator[rows.Row]:
     """Each key's final row; one that does not say which sample of which example it is counts for nothing."""
     return (row for row in rows.read([home.rows]) if _counts(row))

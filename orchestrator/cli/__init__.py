@@ -34,6 +34,8 @@ _COMMANDS = {
     "stop": ("runs", "Stop a run cleanly; its rows come home"),
     "report": ("results", "The numbers of a run, and its page"),
     "compare": ("compare", "Runs side by side, on the same examples"),
+    "journal": ("journal", "Every run in one table, with notes and commands"),
+    "note": ("journal", "Write something about a run"),
     "rescore": ("results", "Score existing completions again, without a model"),
     "ssh": ("machines", "A shell on a machine"),
     "setup-ssh": ("house", "Let ssh, scp and editors reach machines by name"),

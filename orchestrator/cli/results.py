@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from jobs import durable
 from orchestrator import outs, rescoring, runs, summary
 from orchestrator.cli import cloud, completion, output
 from orchestrator.plain import plain
@@ -67,17 +66,9 @@ def rescore(what: str, task: str, completion: str, target: str, *, yes: bool, as
         click.echo(f"\nNot every rule could be applied here. Install: {' '.join(found['not_installed'])}", err=True)
 
 
-def load_summary(run: Run) -> dict[str, Any]:
-    """The run's summary; made anew when it is not that of the record."""
-    found = durable.load_news(run.home.summary)
-    record = run.record
-    current = (found.get("state"), found.get("finished_at")) == (record.state, record.finished_at)
-    return found if current else summary.write(run)
-
-
 def show(run: Run) -> None:
     """Print the headline numbers of a run and where its page is."""
-    found = load_summary(run)
+    found = summary.current(run)
     if "training" in found:
         _show_training(run, found)
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs import spec
-from orchestrator import advance, errors, journey, machines, planning, rentals, runs, sync, tenancy, view
+from orchestrator import advance, errors, journey, machines, planning, rentals, runs, summary, sync, tenancy, view
 from orchestrator.cli import completion, output, results, sharing, wishes
 from orchestrator.cli.cloud import agree_to_rent, enforced
 from orchestrator.cli.jobs import load
@@ -326,7 +326,7 @@ def _show_outcome(run: Run, how: dict[str, bool]) -> None:
     is_command = run.job()["story"] == "command"
     ended = run.record.state in runs.ENDED and (run.record.rows_home > 0 or run.record.steps_done > 0 or is_command)
     if how["as_json"]:
-        found = results.load_summary(run) if ended else None
+        found = summary.current(run) if ended else None
         output.document({**advance.document(run), "folder": str(run.home.folder), "summary": found})
     elif ended and is_command:
         results.show_outs(run)
