@@ -39,51 +39,67 @@ from worker.generators import hf as _hf
 
 class _Marked(_hf.HfGenerator):
     def generate(self, prompts, sampling):
-        _Timed.began_s, _Timed.cpu_began_s = _time.perf_counter(), _time.thread_time()
+        _Clocks.began_s = _time.perf_counter()
         return super().generate(prompts, sampling)
 
 
+class _Clocks:
+    """Seconds that the engine is held up, and seconds of a processor that other threads take for its rows."""
+
+    began_s = held_s = saved_s = scored_s = longest_s = 0.0
+
+
 class _Timed(rows.Appender):
-    """Appends as ever, and adds up how long the story waits for it, and its thread computes for it."""
-
-    began_s = cpu_began_s = spent_s = cpu_spent_s = longest_s = scored_s = 0.0
-
     def __init__(self, path):
         self._path = path
         super().__init__(path)
 
     def append(self, row):
-        self._time(super().append, row)
+        cpu_began_s, began_s = _time.thread_time(), _time.perf_counter()
+        super().append(row)
+        _Clocks.saved_s += _time.thread_time() - cpu_began_s
+        _Clocks.longest_s = max(_Clocks.longest_s, _time.perf_counter() - began_s)
 
     def close(self):
-        self._time(super().close)
+        with _holding():
+            super().close()
+        took_s = _time.perf_counter() - _Clocks.began_s
         facts = {
-            "share": self.spent_s / (_time.perf_counter() - self.began_s),
-            "cpu_share": self.cpu_spent_s / (_time.thread_time() - self.cpu_began_s),
-            "scoring_share": self.scored_s / (_time.perf_counter() - self.began_s),
-            "row_s": self.spent_s / self.written,
-            "longest_s": self.longest_s,
-            "generation_s": _time.perf_counter() - self.began_s,
+            "held_share": _Clocks.held_s / took_s,
+            "saving_share": _Clocks.saved_s / took_s,
+            "scoring_share": _Clocks.scored_s / took_s,
+            "row_s": _Clocks.saved_s / self.written,
+            "longest_s": _Clocks.longest_s,
+            "generation_s": took_s,
         }
         durable.save_json(self._path.with_name("stopwatch.json"), facts)
 
-    def _time(self, call, *words):
-        cpu_began_s, began_s = _time.thread_time(), _time.perf_counter()
-        call(*words)
-        took_s = _time.perf_counter() - began_s
-        self.spent_s += took_s
-        self.cpu_spent_s += _time.thread_time() - cpu_began_s
-        self.longest_s = max(self.longest_s, took_s)
+
+class _Holding(Scoring):
+    def put(self, *answer):
+        with _holding():
+            super().put(*answer)
+
+    def __exit__(self, *words):
+        with _holding():
+            super().__exit__(*words)
+
+
+@contextlib.contextmanager
+def _holding():
+    began_s = _time.perf_counter()
+    yield
+    _Clocks.held_s += _time.perf_counter() - began_s
 
 
 def make_row(*words, _made=make_row):
-    began_s = _time.perf_counter()
+    began_s = _time.thread_time()
     row = _made(*words)
-    _Timed.scored_s += _time.perf_counter() - began_s
+    _Clocks.scored_s += _time.thread_time() - began_s
     return row
 
 
-_hf.HfGenerator, rows.Appender = _Marked, _Timed
+_hf.HfGenerator, rows.Appender, Scoring = _Marked, _Timed, _Holding
 '''
 """Goes to the end of the worker's story: the run is the real one in everything but being timed."""
 
@@ -259,8 +275,8 @@ def told(several: list[Observed]) -> Iterator[Figure | str]:
 
 
 def saving(several: list[Observed]) -> Iterator[Figure]:
-    """The share of the generation that the worker waits for rows to be saved, with and without making and scoring them;
-    beside it, saving them carelessly.
+    """What saving rows, and making and scoring them besides, can take from the generation at most: the time that it is
+    held up, and all processor time of the threads beside it; beside that, saving them carelessly.
     """
     told: list[dict[str, Any]] = [durable.load_json(one.run.attempt(1).folder / "stopwatch.json") for one in several]
     middle = {name: statistics.median(one[name] for one in told) for name in told[0]}
@@ -271,13 +287,14 @@ def saving(several: list[Observed]) -> Iterator[Figure]:
             file.write(json.dumps(row) + "\n")
     careless = (time.perf_counter() - began_s) / middle["generation_s"]
     words = (
-        f"json.dumps to a buffered file: {100 * careless:.2f} %; {1e6 * middle['row_s']:.0f} us a row, "
-        f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; of the thread's CPU time: "
-        f"{100 * middle['cpu_share']:.2f} %"
+        f"json.dumps to a buffered file: {100 * careless:.2f} %; {1e6 * middle['row_s']:.0f} us of a processor a row, "
+        f"longest {1e3 * max(one['longest_s'] for one in told):.0f} ms; the engine is held up for "
+        f"{100 * middle['held_share']:.2f} %"
     )
-    yield Figure("saving, of the generation's time", 100 * middle["share"], "%", words, at_most=2)
-    both = 100 * (middle["share"] + middle["scoring_share"])
-    yield Figure("saving and scoring, of the generation's time", both, "%", at_most=3)
+    saved = 100 * (middle["held_share"] + middle["saving_share"])
+    yield Figure("saving, of the generation's time, at most", saved, "%", words, at_most=2)
+    both = saved + 100 * middle["scoring_share"]
+    yield Figure("saving and scoring, of the generation's time, at most", both, "%", at_most=3)
 
 
 def processor_time(several: list[Observed], name: str) -> Figure:

@@ -25,6 +25,7 @@ BROAD_EXCEPTS = {
     "worker/replica.py": "vLLM, whose many parts raise anything",
     "worker/reranker.py": "the user's re-ranker",
     "worker/prompts.py": "a model's chat template",
+    "worker/scoring.py": "another thread: what ends it must be raised where the story is told",
     "worker/watchdog.py": "a provider's answers and a failing machine: nothing of them may end the last guard there is",
     "worker/sources.py": "the Hub's clients, which raise a dozen kinds",
 }

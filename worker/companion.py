@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ class Ended(Exception):
 class Companion:
     """Starts with the first question, and again with the next one after it was killed or has died.
 
-    On Linux it dies with the thread that asked first. It is ended when this object goes, too.
+    On Linux it dies with the thread that started it: once that has ended, the next question starts another one. It is
+    ended when this object goes, too.
     """
 
     def __init__(self, verb: str, hello: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
@@ -37,16 +39,19 @@ class Companion:
         self._hello = hello
         self._env = env
         self._children: list[subprocess.Popen[bytes]] = []  # one at most
+        self._started_by = threading.current_thread()
         weakref.finalize(self, _end, self._children)
 
     @property
     def is_there(self) -> bool:
         """Whether the child has been started and nothing has ended it."""
+        if not self._started_by.is_alive():
+            self.end()
         return bool(self._children)
 
     def ask(self, question: Any, timeout_s: float) -> Any:
         """The answer to one question; TimeoutError, or Ended, when there is none: then the child is dead."""
-        child = self._children[0] if self._children else self._start()
+        child = self._children[0] if self.is_there else self._start()
         assert child.stdin is not None
         assert child.stdout is not None
         try:
@@ -68,6 +73,7 @@ class Companion:
         words, pipe = [sys.executable, "-I", str(main), self._verb], subprocess.PIPE
         child = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=self._env, start_new_session=True)
         self._children.append(child)
+        self._started_by = threading.current_thread()
         assert child.stdin is not None
         child.stdin.write(json.dumps({**self._hello, "parent": os.getpid()}).encode() + b"\n")
         return child

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -14,6 +15,7 @@ from worker.asking import Item
 from worker.expectation import Watch
 from worker.generators import Completion, Likelihood, Prompt, Query
 from worker.progress import Progress
+from worker.scoring import Scoring, at_once
 from worker.tasks import CHOOSES, GENERATES, READS, RUNS_CODE, Generates, Reply
 
 _AT_WORK = {GENERATES: "generating", CHOOSES: "weighing choices", READS: "reading"}
@@ -33,13 +35,17 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     todo = {item.key: item for item in prepared.items if not done.get(item.key)}
     progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
     watch = Watch(job["params"].get("expect"), run, prepared.items, shares.among(job))
-    made = answers(prepared, todo, attempt, progress)
-    with rows.Appender(attempt.rows) as out, contextlib.closing(made):
+    with (
+        rows.Appender(attempt.rows) as out,
+        Scoring(
+            functools.partial(make_row, prepared),
+            lambda row: keep(row, out, progress, watch),
+            at_once(prepared.task.NAME),
+        ) as scoring,
+        contextlib.closing(answers(prepared, todo, attempt, progress)) as made,
+    ):
         for item, answer in made:
-            row = make_row(prepared, item, answer)
-            out.append(row)
-            progress.rows(out.synced)
-            watch.see(row)
+            scoring.put(item, answer)
     progress.rows(out.synced)
     if job["params"].get("reranker"):
         progress.phase("re-ranking")
@@ -62,6 +68,13 @@ def answers(
         progress.phase(_AT_WORK[prepared.task.KIND])
         for prompt, answer in ask(item.prompt for item in todo.values()):
             yield todo[prompt.key], answer
+
+
+def keep(row: rows.Row, out: rows.Appender, progress: Progress, watch: Watch) -> None:
+    """Save a row, then count it; raises OSError, or OutOfExpectation where it shows that the run is not worth more."""
+    out.append(row)
+    progress.rows(out.synced)
+    watch.see(row)
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -137,11 +138,17 @@ def get(name: str) -> Task:
 
 def lacking(name: str) -> list[str]:
     """What to install so that every rule of a task can be applied here; empty where all is there."""
-    missing = [package for module, package in NEEDS.get(name, {}).items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in NEEDS.get(name, {}).items() if not _is_found(module)]
     versions = {} if missing else VERSIONS.get(name, {})
     return missing + [f"{package}=={start}*" for package, start in versions.items() if not _has(package, start)]
 
 
+@functools.cache  # asked for every row that is scored
+def _is_found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
 def _has(package: str, start: str) -> bool:
     """Whether a package is installed in a version that begins like this."""
     import importlib.metadata
