@@ -69,10 +69,14 @@ class Learner:
 
 def load(request: models.ModelRequest, settings: Settings) -> Learner:
     """The model, frozen, with new adapter layers that the seed decides; raises ConfigFailure."""
+    return fit(models.load_model(request), settings)
+
+
+def fit(loaded: models.LoadedModel, settings: Settings) -> Learner:
+    """The same of a model that is loaded already."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    loaded = models.load_model(request)
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
