@@ -75,7 +75,8 @@ def _for_elsewhere(run: Run) -> Cargo:
 def _fetch_ahead(run: Run, machine: Machine) -> None:
     """Have a model of the Hub come while the environment is made, which takes as long; only then is it worth it."""
     kind, model = run.record.environment, str(run.job()["params"].get("model") or "")
-    if run.job()["params"].get("base_url"):  # the model is another machine's
+    params = run.job()["params"]
+    if params.get("base_url") or params.get("weights") == "random":  # the model is another machine's, or is made there
         return
     if kind is None or machine.name == machines.LOCAL or kind in durable.load_news(_environments(machine.name)):
         return

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator import guarding, launching, ledger, machines, market, money, offers, rentals
+from orchestrator import gpus, guarding, launching, ledger, machines, market, money, offers, rentals
 from orchestrator.errors import ConfigError, GpuError, NoCapacity, Refused, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 from orchestrator.rentals import ENDED, Caps, Rental, Terms
+
+if TYPE_CHECKING:
+    from orchestrator.preflight import Preflight
 
 _SLUG = re.compile(r"[^a-z0-9]+")
 Say = Callable[[str], None]
@@ -58,6 +61,27 @@ def plan(asked: Wish, say: Say | None = None) -> tuple[Provider, Offer]:
                 say(f"{refusal.message} Another cloud is asked.")
         return account, clouds[name]
     raise refusals[0]
+
+
+def plan_for(looked: Preflight, asked: Wish, say: Say) -> tuple[Provider, Offer]:
+    """The same for a job that was looked at: where its memory in training is known, which GPUs it fits on is said.
+
+    Raises ConfigError when it fits on none of the kind that was asked for, with what would make it fit.
+    """
+    training = looked.training
+    if training is None:
+        return plan(asked, say)
+    need = replace(Need(count=asked.need.count), hours=asked.need.hours)
+    offered = market.listed(market.accounts(asked.provider), need)
+    for line in training.among(offered):
+        say(line)
+    most = max((one.vram_gb or 0.0 for one in offered if offers.is_called(one, asked.need.gpu or "")), default=0.0)
+    if most and most < gpus.VRAM_SLACK * (looked.needed_vram_gb or 0.0):
+        raise ConfigError(
+            f"{training.line()} The largest {asked.need.gpu} there is has {most:g} GB. Nothing was rented.",
+            training.hint(most * 1e9),
+        )
+    return plan(asked, say)
 
 
 def _fitting(asked: Wish, offered: Sequence[Offer]) -> list[Offer]:

@@ -71,10 +71,17 @@ class Learner:
 
 def load(request: models.ModelRequest, settings: Settings) -> Learner:
     """The model, frozen, with adapter layers that the seed decides, or the request's own; raises ConfigFailure."""
+    learner = fit(models.load_model(dataclasses.replace(request, adapter=None)), settings)
+    if request.adapter is not None:
+        continuing.take_over(learner, request.adapter)
+    return learner
+
+
+def fit(loaded: models.LoadedModel, settings: Settings) -> Learner:
+    """A model that is loaded already, with new adapter layers."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    loaded = models.load_model(dataclasses.replace(request, adapter=None))
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -96,10 +103,7 @@ def load(request: models.ModelRequest, settings: Settings) -> Learner:
     wrong = [name for name, each in weights.items() if each.dtype != torch.float32]
     if wrong:
         raise WorkerFailure(f"{wrong[0]} is not float32: training it in fewer bits would lose most of its steps.")
-    learner = Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
-    if request.adapter is not None:
-        continuing.take_over(learner, request.adapter)
-    return learner
+    return Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
 
 
 def _targets(words: str) -> str | list[str]:

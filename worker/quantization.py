@@ -35,3 +35,24 @@ def have_bitsandbytes(asked: str) -> None:
             "pip install bitsandbytes, or --set quantization=none --set optimizer=adamw",
         ) from error
     del bitsandbytes
+
+
+def linear(module: Any, kind: str, dtype: Any) -> Any:
+    """A linear module in fewer bits, in place of one in full, as `from_pretrained` would have made it."""
+    have_bitsandbytes(f"quantization={kind}")
+    from bitsandbytes import nn
+
+    sizes, bias = (module.in_features, module.out_features), module.bias
+    if kind == "nf4":
+        made = nn.Linear4bit(*sizes, bias is not None, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+        made.weight = nn.Params4bit(module.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    else:
+        made = nn.Linear8bitLt(*sizes, bias is not None, has_fp16_weights=False)
+        made.weight = nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.bias = bias
+    return made.to(module.weight.device)
+
+
+def mark(model: Any, kind: str) -> None:
+    """Say of a model that its linear modules are in fewer bits, where peft looks for it."""
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind == "nf4", kind == "int8"

@@ -122,7 +122,7 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     wish = how.get("wish") or renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
     part = fleet.part_of(wish, many)
-    account, offer = renting.plan(part, say)
+    account, offer = renting.plan_for(looked, part, say)
     _say_findings(looked.against(offer), say, {**how, "as_json": False})
     lines = renting.in_words(part, account, offer)
     for line in [*lines, *sharing.in_words(wish, many, offer.price_usd_per_hour)]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.training_memory import CONTEXT_BYTES, FULL
 from orchestrator.plain import plain
 from orchestrator.preflight import memory, template
 from orchestrator.preflight import model as models
 from orchestrator.preflight.findings import Fault, Finding
+from orchestrator.preflight.fitting import Training
 from orchestrator.preflight.hub import Hub
 from orchestrator.preflight.memory import GB, Load, Needs
 from orchestrator.preflight.model import Model
@@ -44,6 +46,8 @@ class Preflight:
     needs: Needs | None = field(default=None, repr=False)
     load: Load | None = field(default=None, repr=False)
     """What the job asks of a GPU; None when it asks nothing, or the model could not be looked at."""
+    training: Training | None = field(default=None, repr=False)
+    """What is to be trained there, and takes other memory than answering does."""
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -68,11 +72,14 @@ class Preflight:
         numbers = ("weights_gb", "needed_vram_gb", "wanted_vram_gb", "needed_disk_gb", "download_s")
         shown = {name: None if (one := getattr(self, name)) is None else round(one, 3) for name in numbers}
         model = None if self.model is None else plain(self.model)
+        if self.training is not None:
+            shown["training"] = self.training.needs.document()
         return {"model": model, **shown, "findings": [finding.document() for finding in self.findings]}
 
     def lines(self) -> list[str]:
         """The same for people; nothing when nothing was looked at."""
         lines = [] if self.model is None else [plain(f"{self.model}: {', '.join(self._facts())}.")]
+        lines += [] if self.training is None else [self.training.line()]
         for finding in self.findings:
             lines.append(f"{finding.level}: {plain(finding.message)}")
             lines += [f"  {plain(finding.hint)}"] if finding.hint else []
@@ -113,17 +120,35 @@ def look(document: Mapping[str, Any], prompt_tokens: int | None = None) -> Prefl
         found += _template(model, params)
     except Fault as fault:
         return Preflight(_sorted([*found, fault.finding]), asked)
+    if document["story"] != "evaluate":
+        training = Training.of(document["story"], params, model.text_config, memory.dtype_of(params))
+        return _sized(
+            Preflight(_sorted([*found, *_not_counted(model, training)]), asked, training=training),
+            model,
+            params,
+            adapter,
+        )
     load = Load.of(params, document.get("limit"), prompt_tokens)
     found += [] if load is None else _check_context(model, load)
     return _sized(Preflight(_sorted(found), asked, load=load), model, params, adapter)
 
 
+def _not_counted(model: Model, training: Training | None) -> list[Finding]:
+    words = f"{model.asked} is of a kind whose memory in training is not known: a GPU may be too small for it."
+    return [] if training is not None else [_finding("memory_not_known", words)]
+
+
 def _model(params: Mapping[str, Any]) -> Model:
-    folder = models.place_of("model", params["model"])
+    folder, bare = models.place_of("model", params["model"]), _is_blank(params)
     if folder is not None:
-        return models.read(folder)
+        return models.read(folder, bare=bare)
     with Hub("model", params["model"], params.get("revision")) as hub:
-        return models.read(hub)
+        return models.read(hub, bare=bare)
+
+
+def _is_blank(params: Mapping[str, Any]) -> bool:
+    """Whether only the model's configuration is wanted: its weights are random, and stay where they are."""
+    return params.get("weights") == "random"
 
 
 def _adapter_bytes(params: Mapping[str, Any]) -> int | None:
@@ -146,13 +171,14 @@ def _sized(found: Preflight, model: Model, params: Mapping[str, Any], adapter: i
     dtype = memory.dtype_of(params)
     weights = memory.weights_bytes(model, dtype)
     needs = None if found.load is None else memory.needs(model, found.load, adapter or 0)
-    transfer = model.transfer_bytes()
+    transfer = 0 if _is_blank(params) else model.transfer_bytes()
+    training = found.training.needs if found.training else None
     on_gpu = params.get("device") in (None, "auto", "cuda")
     rows = found.load.rows if found.load is not None else None
     return replace(
         found,
-        weights_gb=None if weights is None else (weights + (adapter or 0)) / GB,
-        needed_vram_gb=needs.total() / GB if needs and on_gpu else None,
+        weights_gb=training.weights / GB if training else None if weights is None else (weights + (adapter or 0)) / GB,
+        needed_vram_gb=training.on_gpu / FULL / GB if training else needs.total() / GB if needs and on_gpu else None,
         wanted_vram_gb=needs.total(rows) / GB if needs and on_gpu and rows else None,
         needed_disk_gb=None if transfer is None else _disk_gb(transfer + (adapter or 0), params),
         download_s=None if transfer is None else 0.0 if model.here else transfer / DOWNLOAD_BYTES_PER_S,
@@ -170,7 +196,7 @@ def _disk_gb(transfer: float, params: Mapping[str, Any]) -> float:
 def _check_context(model: Model, load: Load) -> list[Finding]:
     """Whether prompt and completion have room in what the model was made for."""
     limit = memory.context_tokens(model.text_config)
-    if limit is None or load.prompt_tokens + load.max_new_tokens <= limit:
+    if limit is None or load.scored_tokens is not None or load.prompt_tokens + load.max_new_tokens <= limit:
         return []
     hint = f"--set max_new_tokens={max(1, limit - load.prompt_tokens)}"
     if load.max_new_tokens >= limit:
@@ -187,6 +213,8 @@ def _check_context(model: Model, load: Load) -> list[Finding]:
 
 def _check_memory(found: Preflight, offer: Offer) -> list[Finding]:
     """Whether the job fits on one GPU of this machine."""
+    if found.training is not None:
+        return found.training.check(offer)
     if found.load is None:
         return []
     if offer.gpu is None:
@@ -216,7 +244,7 @@ def _too_large(found: Preflight, needs: Needs, offer: Offer) -> Finding:
     parts = f"weights {needs.weights / GB:.1f}, cache {needs.cache() / GB:.1f}, work {needs.work() / GB:.1f}"
     message = (
         f"{found.model} needs about {needs.total() / GB:.1f} GB on one GPU ({parts}, CUDA "
-        f"{memory.CONTEXT_BYTES / GB:.1f}), and {_one(offer)}."
+        f"{CONTEXT_BYTES / GB:.1f}), and {_one(offer)}."
     )
     if offer.count > 1:
         message += f" The other {offer.count - 1} do not help: a model is loaded onto one."

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jobs.decoders import Shape, number
+from jobs.training_memory import CONTEXT_BYTES, SIZES, SPARE
 from orchestrator.preflight.model import Model
 
 GB = 1e9
 """Offers call a GPU of 24 GiB one of 24 GB: counted as 10^9 bytes, it has 7 % more than is counted on."""
-SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one number."""
 _STORED = {"F64": 8.0, "F32": 4.0, "BF16": 2.0, "F16": 2.0, "F8_E4M3": 1.0, "F8_E5M2": 1.0}
 """Bytes of one floating-point number in a safetensors file; loading turns them all into the job's dtype."""
-CONTEXT_BYTES = 1e9
-"""What CUDA, cuBLAS and PyTorch take on a GPU before the first weight: 0.5 to 0.9 GB, by card and version."""
-SPARE = 1.05
-"""Room for what PyTorch's allocator loses between blocks of unequal sizes."""
 ENVIRONMENT_GB = 8.0
 """PyTorch with CUDA, transformers and what they bring, installed; their downloads are not kept."""
 DATASET_GB = 2.0
@@ -29,7 +25,10 @@ _PREFILL_TOKENS = 16_384
 """The worker's: room its cache is given at a time, and prompt tokens of one prefill unless one prompt has more."""
 _SCORE_BYTES = 32
 """Of each word of the vocabulary while a token is drawn: its score, twice in float32, sorted with noise in float64."""
-_DIMENSION_MAX = 10**8
+WINDOW_TOKENS = 8192
+"""Of a text that is read for its perplexity; of WikiText's articles nearly all are shorter."""
+_SUMMED_ROWS = 512
+"""The worker's, of likelihoods: places whose scores are turned into float32 at once."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,14 @@ class Load:
     prompt_tokens: int
     max_new_tokens: int
     rows: int | None = None
+    scored_tokens: int | None = None
+    """Where likelihoods are read: places of one text at which scores are made."""
 
     @classmethod
     def of(cls, params: Mapping[str, Any], limit: int | None, prompt_tokens: int | None) -> Load | None:
-        """The load of a job that generates; None for one that does not. A GPU's `auto` dtype has two bytes."""
+        """The load of a job that generates or reads likelihoods; None for another. `auto` on a GPU has two bytes."""
         if "max_new_tokens" not in params:
-            return None
+            return cls._reading(params, prompt_tokens) if "max_length" in params else None
         shots = params.get("shots") or 0
         guess = PROMPT_TOKENS + SHOT_TOKENS * shots + len(params.get("instruction") or "") // 2 * (1 + shots)
         rows = params.get("batch_size")
@@ -57,6 +58,18 @@ class Load:
             else min(rows, limit * (params.get("samples") or 1))
         )
         return cls(dtype_of(params), guess if prompt_tokens is None else prompt_tokens, params["max_new_tokens"], rows)
+
+    @classmethod
+    def _reading(cls, params: Mapping[str, Any], prompt_tokens: int | None) -> Load:
+        """Of questions with choices a prompt, scored at its end; of texts a window, scored throughout.
+
+        Of one text: how many are read at once, the worker bounds by their tokens.
+        """
+        chooses, asked = "shots" in params, params["max_length"]
+        guess = PROMPT_TOKENS + SHOT_TOKENS * (params["shots"] or 0) if chooses else WINDOW_TOKENS
+        tokens = min(prompt_tokens or guess, asked if isinstance(asked, int) else guess)
+        scored = SHOT_TOKENS if chooses else tokens
+        return cls(dtype_of(params), tokens, 0, scored_tokens=scored)
 
     @property
     def tokens(self) -> int:
@@ -102,14 +115,20 @@ def needs(model: Model, load: Load, adapter_bytes: float = 0.0) -> Needs | None:
     if weights is None:
         return None
     per_token = cached_numbers_per_token(model.text_config)
-    size = SIZES[load.dtype]
+    size, words = SIZES[load.dtype], number(model.text_config, "vocab_size") or 256_000
+    scores = _SCORE_BYTES
+    if (scored := load.scored_tokens) is not None:
+        context = context_tokens(model.text_config) or load.prompt_tokens
+        load = replace(load, prompt_tokens=min(load.prompt_tokens, context))
+        places = min(scored, load.prompt_tokens)
+        scores = places * size + min(places, _SUMMED_ROWS) * 4
     return Needs(
         weights=weights + adapter_bytes * max(1.0, size / 2),
         cache_per_row=None if per_token is None else float(per_token[0] * size * load.tokens),
         cache_is_exact=per_token is not None and per_token[1],
         prompt_tokens=load.prompt_tokens,
         work_per_token=float(_numbers_per_prompt_token(model.text_config) * size),
-        scores_per_row=float((_number(model.text_config, "vocab_size") or 256_000) * _SCORE_BYTES),
+        scores_per_row=float(words * scores),
     )
 
 
@@ -146,22 +165,22 @@ def cached_numbers_per_token(config: Mapping[str, Any]) -> tuple[int, bool] | No
     another kind (recurrent ones) hold less. Compressed caches (MLA) count as they are computed with, uncompressed.
     None when the configuration does not say it.
     """
-    layers = _number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
-    heads = _number(config, "num_attention_heads", "n_head", "n_heads")
+    layers = number(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    heads = number(config, "num_attention_heads", "n_head", "n_heads")
     if layers is None or heads is None:
         return None
-    if _number(config, "kv_lora_rank") is not None:  # DeepSeek-V2, section 2.1: multi-head latent attention
-        parts = [_number(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+    if number(config, "kv_lora_rank") is not None:  # DeepSeek-V2, section 2.1: multi-head latent attention
+        parts = [number(config, name) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
         per_head = [part for part in parts if part is not None]
         return (layers * heads * sum(per_head), False) if len(per_head) == len(parts) else None
-    hidden = _number(config, "hidden_size", "n_embd", "d_model")
-    size = _number(config, "head_dim") or (hidden // heads if hidden else None)
+    hidden = number(config, "hidden_size", "n_embd", "d_model")
+    size = number(config, "head_dim") or (hidden // heads if hidden else None)
     if size is None:
         return None
-    kv_heads = _number(config, "num_key_value_heads", "num_kv_heads") or heads
+    kv_heads = number(config, "num_key_value_heads", "num_kv_heads") or heads
     numbers = 2 * layers * kv_heads * size
-    if (wide := _number(config, "global_head_dim")) is not None:  # layers of two shapes: the larger for all
-        numbers = max(numbers, 2 * layers * (_number(config, "num_global_key_value_heads") or kv_heads) * wide)
+    if (wide := number(config, "global_head_dim")) is not None:  # layers of two shapes: the larger for all
+        numbers = max(numbers, 2 * layers * (number(config, "num_global_key_value_heads") or kv_heads) * wide)
     kinds = config.get("layer_types")
     plain = not isinstance(kinds, list) or all(str(kind).endswith("attention") for kind in kinds)
     plain = plain and "linear_attention" not in (kinds or []) and not config.get("multi_query")
@@ -176,22 +195,13 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype: str) -> int | None:
 
 def context_tokens(config: Mapping[str, Any]) -> int | None:
     """Prompt and completion together that the model was made for; None: not known."""
-    return _number(config, "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
+    return number(config, "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 
 
 def parameter_count(config: Mapping[str, Any]) -> int | None:
     """The parameters of a dense model of Llama's shape with this configuration; None for any other."""
-    hidden, wide = _number(config, "hidden_size"), _number(config, "intermediate_size")
-    layers, heads = _number(config, "num_hidden_layers"), _number(config, "num_attention_heads")
-    words = _number(config, "vocab_size")
-    experts = any("expert" in name for name in config)
-    if not (hidden and wide and layers and heads and words) or experts or _is_hybrid(config):
-        return None
-    size = _number(config, "head_dim") or hidden // heads
-    kv_heads = _number(config, "num_key_value_heads") or heads
-    attention = 2 * hidden * size * (heads + kv_heads)
-    embeddings = words * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    return embeddings + layers * (attention + 3 * hidden * wide + 2 * hidden) + hidden
+    shape = Shape.of(config)
+    return None if shape is None else shape.parameters
 
 
 def _numbers_per_prompt_token(config: Mapping[str, Any]) -> int:
@@ -199,8 +209,8 @@ def _numbers_per_prompt_token(config: Mapping[str, Any]) -> int:
 
     Eight vectors of the hidden size (residual, norm, queries, keys, values, output), three of the feed-forward's.
     """
-    hidden = _number(config, "hidden_size", "n_embd", "d_model") or 8192
-    wide = _number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
+    hidden = number(config, "hidden_size", "n_embd", "d_model") or 8192
+    wide = number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * hidden
     return 8 * hidden + 3 * wide
 
 
@@ -208,14 +218,3 @@ def _is_hybrid(config: Mapping[str, Any]) -> bool:
     """Whether some layers keep a state of another kind."""
     signs = ("mamba", "ssm_", "conv_kernel", "linear_num", "rwkv", "attn_layer", "block_types", "layers_block_type")
     return any(name.startswith(signs) for name in config)
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these fields that is a sensible whole number; of a list, one entry a layer, the largest."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, list) and value and all(isinstance(entry, int) for entry in value):
-            value = max(value)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _DIMENSION_MAX:
-            return value
-    return None

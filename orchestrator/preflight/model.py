@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.decoders import text_part
 from orchestrator.preflight.findings import Fault, Finding, error, quoted, unknown
 from orchestrator.preflight.shelf import Folder, Listing, Shelf, json_object
 
@@ -20,8 +21,6 @@ _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "sentencepiece*", "special_tokens_map.json")
 _NEVER = ("original/*", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*/*.bin", "*/*.safetensors", "*.pth")
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.vocab")
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
-"""Where models that also see or hear keep the configuration of the part that writes."""
 _CAUSAL = re.compile(r"CausalLM|LMHead|ConditionalGeneration")
 _LORA_KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "IA3", "FOURIERFT", "RANDLORA", "LN_TUNING")
 
@@ -47,8 +46,7 @@ class Model:
     @property
     def text_config(self) -> Mapping[str, Any]:
         """The configuration of the part that writes."""
-        parts = (self.config.get(name) for name in _TEXT_CONFIGS)
-        return next((part for part in parts if isinstance(part, dict) and part), self.config)
+        return text_part(self.config)
 
     def weight_files(self) -> list[str]:
         """The files that transformers loads: one file or the shards of an index, safetensors before pickles."""
@@ -90,20 +88,23 @@ def fetched(names: list[str]) -> list[str]:
     return sorted({*weights, *(name for name in fit if any(fnmatch.fnmatch(name, pattern) for pattern in _SMALL))})
 
 
-def read(shelf: Shelf) -> Model:
-    """A model's small files; raises Fault when there is no model, or nothing can be known of it."""
+def read(shelf: Shelf, *, bare: bool = False) -> Model:
+    """A model's small files; raises Fault when there is no model, or nothing can be known of it.
+
+    `bare`: its configuration is all that is needed.
+    """
     listing = shelf.listing()
     files = listing.files
     if CONFIG not in files:
         raise _no_config(shelf, files)
     config = _object(shelf, CONFIG)
-    if not any(fnmatch.fnmatchcase(name, pattern) for name in files for pattern in _WEIGHTS):
+    if not bare and not any(fnmatch.fnmatchcase(name, pattern) for name in files for pattern in _WEIGHTS):
         raise error(
             "no_weights",
             f"{shelf.asked} has a config.json but no weights (looked for {' and '.join(_WEIGHTS)}).",
             "Copy the weights there too; a repository of GGUF files alone cannot be used: take the original model.",
         )
-    if not any(fnmatch.fnmatchcase(name, pattern) for name in files for pattern in _TOKENIZER):
+    if not bare and not any(fnmatch.fnmatchcase(name, pattern) for name in files for pattern in _TOKENIZER):
         raise error(
             "no_tokenizer",
             f"{shelf.asked} has no tokenizer files (looked for {', '.join(_TOKENIZER)}).",
