@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from jobs import suites
+
 Job = dict[str, Any]
 
 
@@ -42,3 +44,30 @@ def example_key(job: Job, example_id: str) -> str:
 def row_key(job: Job, example_id: str, sample: int) -> str:
     """The key of one of an example's rows."""
     return f"{example_key(job, example_id)}#{sample}"
+
+
+def listed(job: Job, example_id: str) -> str:
+    """What an example is called where all of a run's examples are listed: by its id, or, in a part, by its key."""
+    return example_key(job, example_id) if "part_takes" in job else example_id
+
+
+class Keys:
+    """The keys of examples by what these are called where all of a run's examples are listed."""
+
+    def __init__(self, job: Job) -> None:
+        self._parts = {part["task"]: part for part in suites.parts(job)}
+        self._only = job if not suites.is_suite(job) else None
+
+    def example(self, name: str) -> str:
+        """The key of what concerns the example as a whole."""
+        return name if self._only is None else example_key(self._only, name)
+
+    def rows(self, name: str) -> list[str]:
+        """The keys of its rows."""
+        key = self.example(name)
+        return [f"{key}#{sample}" for sample in range(self.samples(name))]
+
+    def samples(self, name: str) -> int:
+        """How many rows it has."""
+        part = self._only or self._parts[suites.task_of(name)]
+        return int(part["params"].get("samples") or 1)

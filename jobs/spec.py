@@ -7,10 +7,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from jobs import suites
 
 SCHEMA = 1
 """Version of job.json."""
@@ -25,7 +27,19 @@ CATALOG = Path(__file__).parent / "catalog"
 _COMMON = Path(__file__).parent / "common" / "parameters.toml"
 _PLACE = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_TOP_KEYS = ("name", "summary", "story", "task", "command", "environment", "needs", "out", "parameters")
+_TOP_KEYS = (
+    "name",
+    "summary",
+    "story",
+    "task",
+    "command",
+    "environment",
+    "needs",
+    "out",
+    "parts",
+    "frozen",
+    "parameters",
+)
 _PARAMETER_KEYS = ("type", "default", "help", "min", "max", "choices", "words")
 _FLAGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 Value = Any
@@ -123,6 +137,26 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One evaluation of a job that has several: its task, and its parameters by the names they have in it."""
+
+    task: str
+    parameters: Mapping[str, Parameter]
+    shared: frozenset[str]
+    """Those that the job sets for all its parts."""
+
+    def takes(self) -> dict[str, str]:
+        """For each of its parameters, what it is called in the job: `samples` is `gsm8k.samples`."""
+        return {name: name if name in self.shared else f"{self.task}.{name}" for name in self.parameters}
+
+    def own(self) -> dict[str, Parameter]:
+        """The parameters that are its alone, by their names in the job."""
+        takes = self.takes()
+        named = {takes[name]: parameter for name, parameter in self.parameters.items() if name not in self.shared}
+        return {name: replace(parameter, name=name) for name, parameter in named.items()}
+
+
+@dataclass(frozen=True)
 class Job:
     """A job definition: what it does, its parameters by name, the files it needs and those it makes."""
 
@@ -138,6 +172,10 @@ class Job:
     out: tuple[str, ...] = ()
     """Patterns of the files that come home."""
     environment: str = "train"
+    parts: tuple[Part, ...] = ()
+    """The evaluations it is made of; empty for a job that is one."""
+    frozen: bool = False
+    """What it has made is kept from being changed once it is done."""
 
     def fill(self, settings: Mapping[str, str]) -> dict[str, Value]:
         """Every parameter's value: as set by `key=value` words, else the default; SpecError names all faults."""
@@ -152,9 +190,19 @@ class Job:
                 values[key] = parameter.parse(text)
             except SpecError as error:
                 faults.append(str(error))
+        faults += [] if faults else self._refused(values)
         if faults:
             raise SpecError("; ".join(faults))
         return values
+
+    def _refused(self, values: Mapping[str, Value]) -> Iterator[str]:
+        """What a part cannot do with the value that was set for all parts."""
+        for part in self.parts:
+            for name in part.shared & part.parameters.keys():
+                try:
+                    part.parameters[name].check(values[name])
+                except SpecError as error:
+                    yield f"{part.task}: {error}"
 
     def words(self, params: Mapping[str, Value]) -> list[str]:
         """The words of its command, each `{name}` replaced by that parameter's value."""
@@ -171,7 +219,7 @@ def load(path: Path) -> Job:
     """The job a TOML file defines; raises SpecError naming the file and what is at fault. Laptop only (tomllib)."""
     document = _load_toml(path)
     try:
-        job = _job(document, _load_toml(_COMMON), path.stem)
+        job = _job(document, _load_toml(_COMMON), path)
         if job.name != path.stem:
             raise SpecError(f"its name {job.name!r} is not that of the file")
     except SpecError as error:
@@ -205,12 +253,14 @@ def _load_toml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _job(document: dict[str, Any], common: dict[str, Any], stem: str) -> Job:
-    document = {"name": stem, **document}
+def _job(document: dict[str, Any], common: dict[str, Any], path: Path) -> Job:
+    document = {"name": path.stem, **document}
     if "command" in document:
         document = {"story": "command", "summary": "A command of this project", **document}
     _check_top(document)
-    parameters = [_parameter(name, given, common) for name, given in document.get("parameters", {}).items()]
+    given = [_parameter(name, said, common) for name, said in document.get("parameters", {}).items()]
+    parameters = {parameter.name: parameter for parameter in given}
+    of_it = _parts(document, parameters, common, path.parent)
     command = tuple(document.get("command", ()))
     return Job(
         name=document["name"],
@@ -218,11 +268,62 @@ def _job(document: dict[str, Any], common: dict[str, Any], stem: str) -> Job:
         story=document["story"],
         task=document.get("task"),
         needs=tuple(document.get("needs", ())),
-        parameters={parameter.name: parameter for parameter in parameters},
+        parameters=parameters | {name: one for part in of_it for name, one in part.own().items()},
         command=command,
         out=tuple(document.get("out", ())),
         environment=document.get("environment", "train" if not command or needs_python(command) else "none"),
+        parts=of_it,
+        frozen=document.get("frozen", False),
     )
+
+
+def _parts(
+    document: dict[str, Any], shared: Mapping[str, Parameter], common: dict[str, Any], folder: Path
+) -> tuple[Part, ...]:
+    """The parts of a job: each is a job beside it, or of the catalogue, with other defaults. Raises SpecError."""
+    found = []
+    for name, changed in document.get("parts", {}).items():
+        try:
+            found.append(_part(_evaluation(name, [folder, CATALOG]), changed, shared, common))
+        except SpecError as error:
+            raise SpecError(f"part {name!r}: {error}") from None
+    tasks = [part.task for part in found]
+    for task in tasks:
+        if tasks.count(task) > 1:
+            raise SpecError(f"two parts have the task {task}: their rows would have the same keys")
+    for name in shared:
+        if found and not any(name in part.parameters for part in found):
+            raise SpecError(f"no part has a parameter {name!r}")
+    return tuple(found)
+
+
+def _evaluation(name: str, folders: Sequence[Path]) -> Job:
+    """The job that a part is. One that has parts itself is none, and is not read: it might name itself."""
+    for folder in folders:
+        path = folder / f"{name}.toml"
+        if _NAME.fullmatch(name) and path.is_file():
+            if "parts" in _load_toml(path):
+                raise SpecError("a part of a job is one evaluation, and this has parts itself")
+            job = load(path)
+            if job.task is None:
+                raise SpecError("a part of a job is an evaluation, and this has no task")
+            return job
+    raise SpecError(f"there is no such job: {nearest(name, names(folders))}")
+
+
+def _part(job: Job, changed: Any, shared: Mapping[str, Parameter], common: dict[str, Any]) -> Part:
+    """A job as a part, its own defaults changed where the job that it is part of says so."""
+    if not isinstance(changed, dict):
+        raise SpecError("it must be a table of parameters, which may be empty")
+    kept = {name: one for name, one in job.parameters.items() if name not in suites.LEFT_OUT}
+    kept["limit"] = _parameter("limit", {}, common)
+    for name, value in changed.items():
+        if name not in kept:
+            raise SpecError(f"unknown parameter {name!r}: {nearest(name, kept)}")
+        if name in shared:
+            raise SpecError(f"{name!r} is set for all parts")
+        kept[name] = replace(kept[name], default=kept[name].check(value))
+    return Part(str(job.task), kept, frozenset(shared))
 
 
 def _check_top(document: dict[str, Any]) -> None:
@@ -237,6 +338,12 @@ def _check_top(document: dict[str, Any]) -> None:
         raise SpecError(f"name {document['name']!r} must be small letters, digits and dashes")
     if not isinstance(document.get("task", ""), str):
         raise SpecError("'task' must be text")
+    if not isinstance(document.get("frozen", False), bool):
+        raise SpecError("'frozen' is true or false")
+    if "parts" in document and (not isinstance(document["parts"], dict) or not document["parts"]):
+        raise SpecError("'parts' is a table of jobs, at least one: [parts.eval-mmlu]")
+    if "parts" in document and (document.get("story") != "evaluate" or "task" in document):
+        raise SpecError("'parts' belongs to the story `evaluate`, and then each part has the task")
     for key in ("needs", "out", "command"):
         if not _texts(document.get(key, [])):
             raise SpecError(f"{key!r} must be a list of texts")

@@ -85,7 +85,16 @@ def pack(job: dict[str, Any], needs: tuple[str, ...], folder: Path, *, at_home: 
 
 def _paths(params: dict[str, Any]) -> dict[str, str]:
     """The parameters that were found to be paths: planning has made those absolute."""
-    return {key: value for key in PATHS if isinstance(value := params.get(key), str) and value.startswith("/")}
+    return {
+        key: value
+        for key, value in params.items()
+        if may_be_path(key) and isinstance(value, str) and value.startswith("/")
+    }
+
+
+def may_be_path(key: str) -> bool:
+    """Whether a parameter, of a part of the job too, may be a path."""
+    return key.rpartition(".")[2] in PATHS
 
 
 def _of_path(path: Path, hashes: Hashes) -> tuple[Content, str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jobs import engines, spec, trees
+from jobs import engines, spec, suites, trees
 from orchestrator import agents, cargo, clock, config, machines, runs, transport
 from orchestrator.errors import ConfigError, UsageError
 from orchestrator.runs import Record, Run
@@ -67,8 +67,6 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
     except spec.SpecError as error:
         raise UsageError(f"{error} Nothing was started.", f"See what it takes: gpu jobs show {job.name}") from None
     _check_paths(params)
-    _check_expectation(params)
-    _check_engine(params)
     _check_outs(job, asked.outs)
     if job.story == "command" and asked.limit is not None:
         raise UsageError("--limit is for jobs that have examples; a command has none. Nothing was started.")
@@ -85,6 +83,13 @@ def request(asked: Asked, job: spec.Job) -> dict[str, Any]:
         "lock": _lock_digest(),
         "project": _project(Path.cwd()),
     }
+    if job.parts:
+        document |= {"parts": [{"task": part.task, "takes": part.takes()} for part in job.parts]}
+    if job.frozen:
+        document |= {"frozen": True}
+    for part in suites.parts(document):
+        _check_expectation(part)
+        _check_engine(part)
     if job.story == "command":
         document |= {"command": job.words(params), "out": [*job.out, *asked.outs]}
         document |= {"folder": cargo.folder_in_project(Path.cwd())}
@@ -96,10 +101,11 @@ def begin(document: dict[str, Any], asked: Asked, job: spec.Job, guard: Callable
 
     `guard` is told how many bytes may have to travel, and raises when that is not wanted.
     """
-    environment = asked.environment or engines.environment(document["params"]) or job.environment
+    of_it = [part["params"] for part in suites.parts(document)]
+    environment = asked.environment or next(filter(None, map(engines.environment, of_it)), job.environment)
     if machines.LOCAL in (asked.machine, *asked.boxes):
         check_interpreter(environment)
-    names = [*asked.env_names, *(name for name in engines.secrets(document["params"]) if name in os.environ)]
+    names = [*asked.env_names, *(name for each in of_it for name in engines.secrets(each) if name in os.environ)]
     config.job_environment(names, everything=False)
     at_home = asked.machine == machines.LOCAL
     packed = cargo.pack(document, (*job.needs, *asked.needs), Path.cwd(), at_home=at_home)
@@ -182,9 +188,8 @@ def _check_outs(job: spec.Job, outs: tuple[str, ...]) -> None:
 
 def _check_paths(params: dict[str, Any]) -> None:
     """Make paths absolute in place; a path to nothing is an error now, not in an hour."""
-    for key in cargo.PATHS:
-        value = params.get(key)
-        if isinstance(value, str) and _is_path(value):
+    for key, value in params.items():
+        if cargo.may_be_path(key) and isinstance(value, str) and _is_path(value):
             params[key] = str(_existing(key, Path(value)))
     if params.get("reranker"):
         path, _, function = params["reranker"].rpartition(":")
@@ -209,20 +214,21 @@ def _existing(key: str, path: Path) -> Path:
     return path
 
 
-def _check_expectation(params: dict[str, Any]) -> None:
-    if params.get("expect"):
+def _check_expectation(part: Mapping[str, Any]) -> None:
+    if expected := part["params"].get("expect"):
         from jobs import sequential
 
         try:
-            sequential.Expectation.parse(params["expect"])
+            sequential.Expectation.parse(expected)
         except ValueError as error:
-            raise UsageError(f"expect={params['expect']!r}: {error}") from None
+            raise UsageError(f"{suites.name_in(part, 'expect')}={expected!r}: {error}") from None
 
 
-def _check_engine(params: dict[str, Any]) -> None:
+def _check_engine(part: Mapping[str, Any]) -> None:
     """Raise UsageError for settings of the engine that do not belong together."""
-    if faults := engines.faults(params):
-        raise UsageError(f"{' '.join(faults)} Nothing was started.")
+    if faults := engines.faults(part["params"]):
+        whose = f"{part['task']}: " if "part_takes" in part else ""
+        raise UsageError(f"{whose}{' '.join(faults)} Nothing was started.")
 
 
 def _lock_digest() -> str | None:

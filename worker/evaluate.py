@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from jobs import durable, rows, rundir, shares, times
+from jobs import durable, rows, rundir, shares, suites, times
 from worker import engines, facts, likelihood, plan, resolve, sandbox, selecting
 from worker.asking import Item
 from worker.expectation import Watch
@@ -25,56 +24,60 @@ _AT_WORK = {GENERATES: "generating", CHOOSES: "weighing choices", READS: "readin
 def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     """Make every row that is missing; returns when all rows are durable. Raises WorkerFailure."""
     progress = Progress(attempt.progress)
-    prepared = plan.prepare(job, run, progress.phase)
-    plan.refuse_bad_prompts(prepared, say)
-    if prepared.task.NAME in RUNS_CODE:
+    parts = plan.prepare(job, run, progress.phase)
+    plan.refuse_bad_prompts(parts, say)
+    if any(part.task.NAME in RUNS_CODE for part in parts):
         say(sandbox.walls().described())
-    resolve.list_examples(run, prepared)
-    resolve.settle(run, prepared)  # after the list: once this is home, that and the run's own model are, or follow
+    resolve.list_examples(run, parts)
+    resolve.settle(run, parts)  # after the list: once this is home, that and the run's own model are, or follow
     done = finished(run)
-    todo = {item.key: item for item in prepared.items if not done.get(item.key)}
-    progress.expect(total=len(prepared.items), before=len(prepared.items) - len(todo))
-    watch = Watch(job["params"].get("expect"), run, prepared.items, shares.among(job))
+    total, left = sum(len(part.items) for part in parts), [part.without(done) for part in parts]
+    progress.expect(total=total, before=total - sum(len(part.items) for part in left))
+    watches = {part.task.NAME: _watch(run, part) for part in parts}
+    threads = min(at_once(part.task.NAME) for part in parts)
     with (
         rows.Appender(attempt.rows) as out,
-        Scoring(
-            functools.partial(make_row, prepared),
-            lambda row: keep(row, out, progress, watch),
-            at_once(prepared.task.NAME),
-        ) as scoring,
-        contextlib.closing(answers(prepared, todo, attempt, progress)) as made,
+        Scoring(make_row, lambda row: keep(row, out, progress, watches), threads) as scoring,
+        contextlib.closing(answers(left, attempt, progress)) as made,
     ):
-        for item, answer in made:
-            scoring.put(item, answer)
+        for part, item, answer in made:
+            scoring.put(part, item, answer)
     progress.rows(out.synced)
-    if job["params"].get("reranker"):
-        progress.phase("re-ranking")
-        selecting.select(run, attempt, prepared)
+    for part in parts:
+        if part.params.get("reranker"):
+            progress.phase("re-ranking")
+            selecting.select(run, attempt, part)
     progress.phase("done")
 
 
 def answers(
-    prepared: plan.Prepared, todo: dict[str, Item], attempt: rundir.Attempt, progress: Progress
-) -> Generator[tuple[Item, Completion | Likelihood]]:
-    """What the model makes of each item, as it finishes; the model is loaded only when there is something to do.
+    parts: Sequence[plan.Prepared], attempt: rundir.Attempt, progress: Progress
+) -> Generator[tuple[plan.Prepared, Item, Completion | Likelihood]]:
+    """What the model makes of each item, as it finishes; loaded once for all parts of one engine, if there are items.
 
     To be closed: that ends what was started for it.
     """
-    if not todo:
-        return
-    progress.phase("loading the model")
-    with engines.running(prepared, attempt.server_log, say) as ask:
-        durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
-        progress.phase(_AT_WORK[prepared.task.KIND])
-        for prompt, answer in ask(item.prompt for item in todo.values()):
-            yield todo[prompt.key], answer
+    for group in engines.grouped(part for part in parts if part.items):
+        progress.phase("loading the model")
+        with engines.running(group, attempt.server_log, say) as ask:
+            if not attempt.env.exists():
+                durable.save_json(attempt.env, {**facts.environment(), "generating_since": times.now()})
+            for part in group:
+                progress.phase(part.title + _AT_WORK[part.task.KIND])
+                items = {item.key: item for item in part.items}
+                for prompt, answer in ask(part, (item.prompt for item in part.items)):
+                    yield part, items[prompt.key], answer
 
 
-def keep(row: rows.Row, out: rows.Appender, progress: Progress, watch: Watch) -> None:
+def _watch(run: rundir.Run, part: plan.Prepared) -> Watch:
+    return Watch(part.params.get("expect"), run, part.items, shares.among(part.job))
+
+
+def keep(row: rows.Row, out: rows.Appender, progress: Progress, watches: Mapping[str, Watch]) -> None:
     """Save a row, then count it; raises OSError, or OutOfExpectation where it shows that the run is not worth more."""
     out.append(row)
     progress.rows(out.synced)
-    watch.see(row)
+    watches[suites.task_of(row["key"])].see(row)
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from jobs import durable, rows, rundir
+from jobs import durable, rows, rundir, suites
 from jobs.sequential import ConfidenceSequence, Expectation
 from worker.asking import Item
 from worker.failures import OutOfExpectation
@@ -31,9 +31,10 @@ class Watch:
         self._next = 0
         self._sequence = ConfidenceSequence(_ALPHA / among)
         self._shown: list[str] = []
+        task = suites.task_of(items[0].key) if items else ""
         if self._expected:
             for row in rows.read(run.row_files()):
-                if row["error"] is None:
+                if row["error"] is None and suites.task_of(row["key"]) == task:
                     self._take(row)
 
     def see(self, row: rows.Row) -> None:

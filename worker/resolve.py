@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jobs import durable, rundir, spec
@@ -14,9 +15,9 @@ _WEIGHING = ("shots", "split")
 """Parameters that change what a row says, of tasks that generate and of those that compare likelihoods."""
 
 
-def settle(run: rundir.Run, prepared: Prepared) -> dict[str, Any]:
+def settle(run: rundir.Run, parts: Sequence[Prepared]) -> dict[str, Any]:
     """Settle what an evaluation measures; see `keep`."""
-    return keep(run, resolved(prepared))
+    return keep(run, resolved(parts))
 
 
 def keep(run: rundir.Run, found: dict[str, Any]) -> dict[str, Any]:
@@ -28,32 +29,36 @@ def keep(run: rundir.Run, found: dict[str, Any]) -> dict[str, Any]:
         return found
     if known["fingerprint"] != found["fingerprint"]:
         raise FingerprintChanged(
-            f"This is not what the run began with: {differences(known['identity'], found['identity'])}. "
+            f"This is not what the run began with: {differences(_flat(known['identity']), _flat(found['identity']))}. "
             "Results of both would not be comparable, so nothing was done; what there is so far is untouched.",
             "Put things back as they were and resume, or start a new run.",
         )
     return dict(known)
 
 
-def list_examples(run: rundir.Run, prepared: Prepared) -> None:
+def list_examples(run: rundir.Run, parts: Sequence[Prepared]) -> None:
     """Write examples.json in the first attempt: which examples there are, for whoever divides what is missing."""
     if not run.examples.exists():
-        durable.save_json(run.examples, {"ids": prepared.example_ids})
+        durable.save_json(run.examples, {"ids": [name for part in parts for name in part.example_ids]})
 
 
-def resolved(prepared: Prepared) -> dict[str, Any]:
-    """The document of resolved.json; `identity` is what the fingerprint is taken of."""
-    identity = _identity(prepared)
-    warnings = [finding.message for finding in prepared.asked.findings if finding.level == "warning"]
+def resolved(parts: Sequence[Prepared]) -> dict[str, Any]:
+    """The document of resolved.json; `identity` is what the fingerprint is taken of: of several parts, that of each."""
+    first = parts[0]
+    identity = _identity(first)
+    if first.title:
+        identity = {"parts": {part.task.NAME: _identity(part) for part in parts}}
+    findings = [(part.title, finding) for part in parts for finding in part.asked.findings]
     return {
         "fingerprint": spec.digest(identity),
         "identity": identity,
-        "device": engines.device(prepared.engine, prepared.request),
-        "model": prepared.params["model"],
-        "first_prompt": prepared.asked.first_prompt,
-        "warnings": warnings,
-        "rules": list(prepared.task.RULES),
-        "headline": prepared.task.HEADLINE,
+        "device": engines.device(first.engine, first.request),
+        "model": first.params["model"],
+        "first_prompt": "\n\n".join(f"{part.title}{part.asked.first_prompt}" for part in parts),
+        "warnings": [title + finding.message for title, finding in findings if finding.level == "warning"],
+        "rules": list(dict.fromkeys(rule for part in parts for rule in part.task.RULES)),
+        "headline": first.task.HEADLINE,
+        **({"headlines": {part.task.NAME: part.task.HEADLINE for part in parts}} if first.title else {}),
     }
 
 
@@ -76,6 +81,13 @@ def _settings(prepared: Prepared) -> dict[str, Any]:
     names = [*(_GENERATING if length is None else _WEIGHING), *prepared.task.OPTIONS]
     found = {name: params[name] for name in names if name in params}
     return found if length is None else {**found, "max_length": length}
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with everything by one name: what belongs to a part by the part's and its own."""
+    if "parts" not in identity:
+        return identity
+    return {f"{task}.{name}": value for task, part in identity["parts"].items() for name, value in part.items()}
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -42,11 +43,26 @@ class Shots:
 
 
 def examples(params: dict[str, Any], task: Task) -> tuple[list[Example], sources.Records]:
-    """Every example of the split, and the records they were made of; raises ConfigFailure."""
+    """Every example of the split, or a sample, and the records they were made of; raises ConfigFailure."""
     records = sources.load(_source(params, task, params["split"]))
     found = _examples(task, records, params)
     _refuse_twins(found, records.name)
-    return found, records
+    return drawn(found, params.get("sample")), records
+
+
+def drawn(found: list[Example], count: int | None) -> list[Example]:
+    """So many of the examples, in their order: those whose ids have the lowest hashes, so that everybody draws alike.
+
+    A file may be sorted by subject, so that its first examples stand for nothing but themselves.
+    """
+    if count is None or count >= len(found):
+        return found
+    taken = set(sorted((example.id for example in found), key=_rank)[:count])
+    return [example for example in found if example.id in taken]
+
+
+def _rank(example_id: str) -> bytes:
+    return hashlib.sha256(example_id.encode()).digest()
 
 
 def shots(params: dict[str, Any], task: Task) -> Shots:

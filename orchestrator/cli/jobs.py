@@ -48,7 +48,8 @@ def show(name: str, as_json: bool) -> None:
         for name, parameter in job.parameters.items()
     ]
     output.columns(["PARAMETER", "DEFAULT", "TAKES", "WHAT IT IS"], lines)
-    click.echo(f"\nSet them like this:  gpu run {job.name} --set samples=3 --limit 20")
+    name = f"{job.parts[0].task}.sample" if job.parts else "samples"
+    click.echo(f"\nSet them like this:  gpu run {job.name} --set {name}=3 --limit 20")
 
 
 def load(name: str) -> spec.Job:
@@ -67,5 +68,6 @@ def document(job: spec.Job) -> dict[str, object]:
         "name": job.name,
         "summary": job.summary,
         "task": job.task,
+        **({"parts": [part.task for part in job.parts]} if job.parts else {}),
         "parameters": [parameter.document() for parameter in job.parameters.values()],
     }

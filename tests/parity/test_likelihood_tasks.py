@@ -34,12 +34,12 @@ def ours(job: str, model: Path, batch_size: int = 7, **settings: Any) -> list[ro
     given = {"model": model, "dtype": "float32", "device": "cpu", "batch_size": batch_size, **settings}
     params = definition.fill({name: str(value) for name, value in given.items()})
     request = {"job": job, "story": "evaluate", "task": definition.task, "params": params, "limit": None}
-    prepared = plan.rehearse(request, model, lambda _: None)
+    (prepared,) = plan.rehearse(request, model, lambda _: None)
     items = {item.key: item for item in prepared.items}
-    with engines.running(prepared, model / "server.log", print) as ask:
+    with engines.running([prepared], model / "server.log", print) as ask:
         made = {
             prompt.key: evaluate.make_row(prepared, items[prompt.key], answer)
-            for prompt, answer in ask(item.prompt for item in prepared.items)
+            for prompt, answer in ask(prepared, (item.prompt for item in prepared.items))
         }
     return [made[key] for key in items]
 
