@@ -7,7 +7,7 @@ from typing import Any
 
 from worker.failures import BadRecord
 from worker.tasks import CHOOSES, Example, choosing
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "arc"
 VERSION = "1"
@@ -29,8 +29,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def context(example: Example, shots: Sequence[Example]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from jobs import spec
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Reply, Verdict
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "generation"
 VERSION = "1"
@@ -69,8 +69,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, _shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from jobs import spec
 from worker import sandbox
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "humaneval"
 VERSION = "1"
@@ -51,8 +51,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from jobs import spec
 from worker import grading
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import GENERATES, Example, Verdict, lacking
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "math"
 VERSION = "1"
@@ -63,8 +63,7 @@ def examples(
     The target is the whole reference solution where there is one: its last `\\boxed{…}` holds the answer. Raises
     BadRecord naming the row and what it lacks, ConfigFailure for a subject or level that no record has.
     """
-    ids = Ids()
-    found = [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    found = read(records, _HOLDS, _example)
     chosen = _only(found, "subjects", subjects, lambda example: example.subject)
     return _only(chosen, "levels", levels, lambda example: example.level)
 

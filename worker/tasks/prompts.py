@@ -12,7 +12,7 @@ from jobs import spec
 from worker import grading
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict, lacking
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "prompts"
 VERSION = "1"
@@ -42,8 +42,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what is wrong: a pattern or a schema that is none, too.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, _shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from worker.failures import BadRecord
+from worker.tasks import Example
 
 ID_DIGITS = 12
 """Of an id made from content: 48 bits; over 10,000 rows, two share one with a chance of 2 in 10 million."""
@@ -89,6 +90,12 @@ class Ids:
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
         self.times[name] = self.times.get(name, 0) + 1
         return name if self.times[name] == 1 else f"{name}-{self.times[name]}"
+
+
+def read(records: Sequence[Mapping[str, Any]], holds: str, example: Callable[[Record, Ids], Example]) -> list[Example]:
+    """What `example` makes of every record, in order; raises BadRecord naming the row and what it lacks."""
+    ids = Ids()
+    return [example(Record(record, row, holds), ids) for row, record in enumerate(records, start=1)]
 
 
 def _checked(given: Any, record: Record) -> str:
