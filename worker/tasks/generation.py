@@ -13,6 +13,7 @@ from typing import Any
 from jobs import spec
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Reply, Verdict
+from worker.tasks.chats import chat
 from worker.tasks.records import Ids, Record, read
 
 NAME = "generation"
@@ -74,8 +75,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
 def messages(example: Example, _shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
     """The prompt alone, the instruction after it."""
-    suffix = f"\n{instruction}" if instruction else ""
-    return [{"role": "user", "content": example.problem + suffix}]
+    return chat(example, (), instruction, str)
 
 
 def score(completion: Reply | str, target: str) -> Verdict:

@@ -9,6 +9,7 @@ from typing import Any
 
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict
+from worker.tasks.chats import chat
 from worker.tasks.records import Ids, Record, read
 
 NAME = "gsm8k"
@@ -73,13 +74,7 @@ def messages(example: Example, shots: Sequence[Example], *, instruction: str = "
     Zero-shot is the bare question: chat models of today reason and mark their answer unasked, and the numeric rule
     reads the usual marks. An `instruction` is appended to every question, the shots' too, after a newline.
     """
-    turns: list[dict[str, str]] = []
-    suffix = f"\n{instruction}" if instruction else ""
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.problem + suffix})
-        turns.append({"role": "assistant", "content": shot.solution or f"{_MARK} {shot.target}"})
-    turns.append({"role": "user", "content": example.problem + suffix})
-    return turns
+    return chat(example, shots, instruction, lambda shot: shot.solution or f"{_MARK} {shot.target}")
 
 
 def score(completion: str, target: str) -> Verdict:

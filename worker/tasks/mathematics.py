@@ -10,6 +10,7 @@ from jobs import spec
 from worker import grading
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import GENERATES, Example, Verdict, lacking
+from worker.tasks.chats import chat
 from worker.tasks.records import Ids, Record, read
 
 NAME = "math"
@@ -70,12 +71,7 @@ def examples(
 
 def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
     """The chat: each shot as a user and an assistant turn, then the problem alone, the instruction after each."""
-    suffix = f"\n{instruction}" if instruction else ""
-    turns: list[dict[str, str]] = []
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.problem + suffix})
-        turns.append({"role": "assistant", "content": shot.solution or shot.target})
-    return [*turns, {"role": "user", "content": example.problem + suffix}]
+    return chat(example, shots, instruction, lambda shot: shot.solution or shot.target)
 
 
 def score(completion: str, target: str) -> Verdict:
