@@ -18,6 +18,7 @@ COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = choosing.RULES
 HEADLINE = "acc_norm"
+context = choosing.context
 
 _HOLDS = (
     "ARC rows hold 'question', 'choices' with 'text' and 'label', and 'answerKey'; or 'query', 'choices' and 'gold'."
@@ -30,11 +31,6 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
     Raises BadRecord naming the row and what it lacks.
     """
     return read(records, _HOLDS, _example)
-
-
-def context(example: Example, shots: Sequence[Example]) -> str:
-    """Each shot with the text of its answer, then the problem."""
-    return "".join([f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots] + [example.problem])
 
 
 def _example(record: Record, ids: Ids) -> Example:

@@ -19,6 +19,7 @@ COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = choosing.RULES
 HEADLINE = "acc_norm"
+context = choosing.context
 
 _HOLDS = (
     "HellaSwag rows hold 'activity_label', 'ctx_a', 'ctx_b', 'endings' and 'label'; or 'query', 'choices' and 'gold'."
@@ -32,11 +33,6 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
     Raises BadRecord naming the row and what it lacks; the published test split has no labels.
     """
     return read(records, _HOLDS, _example)
-
-
-def context(example: Example, shots: Sequence[Example]) -> str:
-    """Each shot with its ending, then the scene."""
-    return "".join([f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots] + [example.problem])
 
 
 def cleaned(text: str) -> str:

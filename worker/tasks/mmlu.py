@@ -49,10 +49,9 @@ def examples(records: Sequence[Mapping[str, Any]], *, subjects: str | None = Non
 def context(example: Example, shots: Sequence[Example]) -> str:
     """The description of the subject, each shot with its letter, then the problem, to be answered by a letter."""
     subject = str(example.subject).replace("_", " ")
-    asked = [f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots]
     return (
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        f"{''.join(asked)}{example.problem}"
+        f"{choosing.context(example, shots)}"
     )
 
 
