@@ -157,6 +157,5 @@ def _example(record: Record, ids: Ids) -> Example:
             f"row {record.row}: the field 'language' is {wanted!r}: {spec.nearest(str(wanted), LANGUAGES)}",
             "Leave it out where the language does not matter.",
         )
-    category = record.fields.get("category")
     target = spec.canonical({"language": wanted}).decode()
-    return Example(ids.take(record, prompt), prompt, target, None if category is None else str(category))
+    return Example(ids.take(record, prompt), prompt, target, record.label("category"))

@@ -120,9 +120,8 @@ def canonical_number(text: str) -> str | None:
 
 def _example(record: Record, ids: Ids) -> Example:
     question, solution = record.text("question"), _solution(record)
-    subject = record.fields.get("subject")
     name = ids.take(record, question)
-    return Example(name, question, gold(solution), None if subject is None else str(subject), solution)
+    return Example(name, question, gold(solution), record.label("subject"), solution)
 
 
 def _solution(record: Record) -> str:

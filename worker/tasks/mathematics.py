@@ -174,12 +174,11 @@ def _example(record: Record, ids: Ids) -> Example:
     unique = fields.get("unique_id")
     if isinstance(unique, str) and fields.get("id") is None:
         record = Record({**fields, "id": unique.removesuffix(".json").replace("/", "-")}, record.row, _HOLDS)
-    subject = fields.get("subject", fields.get("type"))
     return Example(
         id=ids.take(record, problem),
         problem=problem,
         target=target,
-        subject=None if subject is None else str(subject),
+        subject=record.label("subject" if "subject" in fields else "type"),
         solution=solution,
         level=_level(record),
     )

@@ -77,11 +77,10 @@ def _example(record: Record, ids: Ids, field: str) -> Example:
     is_page = _PAGE in record.fields and "text" not in record.fields
     name = field if field != "auto" else _PAGE if is_page else "text"
     text = record.text(name)
-    subject = record.fields.get("subject")
     return Example(
         id=ids.take(record, text),
         problem=detokenised(text) if name == _PAGE else text,
         target="",
-        subject=None if subject is None else str(subject),
+        subject=record.label("subject"),
         solution=text,
     )

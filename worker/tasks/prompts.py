@@ -178,12 +178,11 @@ def _example(record: Record, ids: Ids) -> Example:
             raise BadRecord(f"row {record.row}: unknown field {name!r}: {spec.nearest(str(name), _FIELDS)}", _HOLDS)
     chat = _chat(record)
     problem = chat[-1]["content"] if chat else record.text("prompt")
-    category = record.fields.get("category")
     return Example(
         id=ids.take(record, [dict(message) for message in chat] or problem),
         problem=problem,
         target=spec.canonical(_expectation(record)).decode(),
-        subject=None if category is None else str(category),
+        subject=record.label("category"),
         chat=chat,
     )
 

@@ -44,6 +44,11 @@ class Record:
             )
         return value
 
+    def label(self, name: str) -> str | None:
+        """The value of a field as text; None where there is none."""
+        value = self.fields.get(name)
+        return None if value is None else str(value)
+
     def texts(self, name: str) -> tuple[str, ...]:
         """At least two texts of a field, none of them empty."""
         return self.checked(name, self.get(name))
