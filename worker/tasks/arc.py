@@ -7,7 +7,7 @@ from typing import Any
 
 from worker.failures import BadRecord
 from worker.tasks import CHOOSES, Example, choosing
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "arc"
 VERSION = "1"
@@ -18,6 +18,7 @@ COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = choosing.RULES
 HEADLINE = "acc_norm"
+context = choosing.context
 
 _HOLDS = (
     "ARC rows hold 'question', 'choices' with 'text' and 'label', and 'answerKey'; or 'query', 'choices' and 'gold'."
@@ -29,13 +30,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
-
-
-def context(example: Example, shots: Sequence[Example]) -> str:
-    """Each shot with the text of its answer, then the problem."""
-    return "".join([f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots] + [example.problem])
+    return read(records, _HOLDS, _example)
 
 
 def _example(record: Record, ids: Ids) -> Example:

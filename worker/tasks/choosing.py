@@ -1,8 +1,10 @@
-"""Which choice a model takes, by how likely it finds each: three rules, and the scores they give."""
+"""Which choice a model takes after worked examples, by how likely it finds each: three rules, and their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+from worker.tasks import Example
 
 RULES = ("acc", "acc_norm", "acc_bytes")
 """As in lm-evaluation-harness 0.4.13: the largest log-likelihood, the largest per character, the largest per byte."""
@@ -12,6 +14,11 @@ _LENGTHS: dict[str, Callable[[str], int]] = {
     "acc_norm": len,
     "acc_bytes": lambda choice: len(choice.encode("utf-8", "surrogatepass")),
 }
+
+
+def context(example: Example, shots: Sequence[Example]) -> str:
+    """Each shot with the text of its right choice, then the problem."""
+    return "".join([f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots] + [example.problem])
 
 
 def answers(logliks: Sequence[float], choices: Sequence[str]) -> dict[str, int]:

@@ -13,7 +13,8 @@ from typing import Any
 from jobs import spec
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Reply, Verdict
-from worker.tasks.records import Ids, Record
+from worker.tasks.chats import chat
+from worker.tasks.records import Ids, Record, read
 
 NAME = "generation"
 VERSION = "1"
@@ -69,14 +70,12 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, _shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
     """The prompt alone, the instruction after it."""
-    suffix = f"\n{instruction}" if instruction else ""
-    return [{"role": "user", "content": example.problem + suffix}]
+    return chat(example, (), instruction, str)
 
 
 def score(completion: Reply | str, target: str) -> Verdict:
@@ -158,6 +157,5 @@ def _example(record: Record, ids: Ids) -> Example:
             f"row {record.row}: the field 'language' is {wanted!r}: {spec.nearest(str(wanted), LANGUAGES)}",
             "Leave it out where the language does not matter.",
         )
-    category = record.fields.get("category")
     target = spec.canonical({"language": wanted}).decode()
-    return Example(ids.take(record, prompt), prompt, target, None if category is None else str(category))
+    return Example(ids.take(record, prompt), prompt, target, record.label("category"))

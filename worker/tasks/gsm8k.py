@@ -9,7 +9,8 @@ from typing import Any
 
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict
-from worker.tasks.records import Ids, Record
+from worker.tasks.chats import chat
+from worker.tasks.records import Ids, Record, read
 
 NAME = "gsm8k"
 VERSION = "1"
@@ -64,15 +65,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
     Without an `id`, the id comes from the question's SHA-256, so no filter or order changes it; the second record
     with the same question gets `-2`, and so on. Raises BadRecord naming the row, counted from 1, and what it lacks.
     """
-    ids = Ids()
-    found: list[Example] = []
-    for row, fields in enumerate(records, start=1):
-        record = Record(fields, row, _HOLDS)
-        question, solution = record.text("question"), _solution(record)
-        subject = fields.get("subject")
-        name = ids.take(record, question)
-        found.append(Example(name, question, gold(solution), None if subject is None else str(subject), solution))
-    return found
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
@@ -81,13 +74,7 @@ def messages(example: Example, shots: Sequence[Example], *, instruction: str = "
     Zero-shot is the bare question: chat models of today reason and mark their answer unasked, and the numeric rule
     reads the usual marks. An `instruction` is appended to every question, the shots' too, after a newline.
     """
-    turns: list[dict[str, str]] = []
-    suffix = f"\n{instruction}" if instruction else ""
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.problem + suffix})
-        turns.append({"role": "assistant", "content": shot.solution or f"{_MARK} {shot.target}"})
-    turns.append({"role": "user", "content": example.problem + suffix})
-    return turns
+    return chat(example, shots, instruction, lambda shot: shot.solution or f"{_MARK} {shot.target}")
 
 
 def score(completion: str, target: str) -> Verdict:
@@ -129,6 +116,12 @@ def canonical_number(text: str) -> str | None:
         found = _settled(after)
     found = found or _settled(text)
     return None if found is None else _canonical(found)
+
+
+def _example(record: Record, ids: Ids) -> Example:
+    question, solution = record.text("question"), _solution(record)
+    name = ids.take(record, question)
+    return Example(name, question, gold(solution), record.label("subject"), solution)
 
 
 def _solution(record: Record) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.failures import BadRecord
 from worker.tasks import CHOOSES, Example, choosing
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "hellaswag"
 VERSION = "1"
@@ -19,6 +19,7 @@ COLUMNS: tuple[str, ...] = ()
 OPTIONS: tuple[str, ...] = ()
 RULES = choosing.RULES
 HEADLINE = "acc_norm"
+context = choosing.context
 
 _HOLDS = (
     "HellaSwag rows hold 'activity_label', 'ctx_a', 'ctx_b', 'endings' and 'label'; or 'query', 'choices' and 'gold'."
@@ -31,13 +32,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks; the published test split has no labels.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
-
-
-def context(example: Example, shots: Sequence[Example]) -> str:
-    """Each shot with its ending, then the scene."""
-    return "".join([f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots] + [example.problem])
+    return read(records, _HOLDS, _example)
 
 
 def cleaned(text: str) -> str:

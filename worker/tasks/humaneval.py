@@ -14,7 +14,8 @@ from jobs import spec
 from worker import sandbox
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict
-from worker.tasks.records import Ids, Record
+from worker.tasks.chats import chat
+from worker.tasks.records import Ids, Record, read
 
 NAME = "humaneval"
 VERSION = "1"
@@ -51,8 +52,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what it lacks.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
@@ -60,12 +60,7 @@ def messages(example: Example, shots: Sequence[Example], *, instruction: str = "
 
     An `instruction` follows each on a new line; for a base model (chat_template=none) there should be none.
     """
-    suffix = f"\n{instruction}" if instruction else ""
-    turns: list[dict[str, str]] = []
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.problem + suffix})
-        turns.append({"role": "assistant", "content": f"```python\n{shot.problem}{shot.solution or ''}\n```"})
-    return [*turns, {"role": "user", "content": example.problem + suffix}]
+    return chat(example, shots, instruction, lambda shot: f"```python\n{shot.problem}{shot.solution or ''}\n```")
 
 
 def score(completion: str, target: str) -> Verdict:

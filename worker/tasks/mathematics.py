@@ -10,7 +10,8 @@ from jobs import spec
 from worker import grading
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import GENERATES, Example, Verdict, lacking
-from worker.tasks.records import Ids, Record
+from worker.tasks.chats import chat
+from worker.tasks.records import Ids, Record, read
 
 NAME = "math"
 VERSION = "1"
@@ -63,20 +64,14 @@ def examples(
     The target is the whole reference solution where there is one: its last `\\boxed{…}` holds the answer. Raises
     BadRecord naming the row and what it lacks, ConfigFailure for a subject or level that no record has.
     """
-    ids = Ids()
-    found = [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    found = read(records, _HOLDS, _example)
     chosen = _only(found, "subjects", subjects, lambda example: example.subject)
     return _only(chosen, "levels", levels, lambda example: example.level)
 
 
 def messages(example: Example, shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
     """The chat: each shot as a user and an assistant turn, then the problem alone, the instruction after each."""
-    suffix = f"\n{instruction}" if instruction else ""
-    turns: list[dict[str, str]] = []
-    for shot in shots:
-        turns.append({"role": "user", "content": shot.problem + suffix})
-        turns.append({"role": "assistant", "content": shot.solution or shot.target})
-    return [*turns, {"role": "user", "content": example.problem + suffix}]
+    return chat(example, shots, instruction, lambda shot: shot.solution or shot.target)
 
 
 def score(completion: str, target: str) -> Verdict:
@@ -179,12 +174,11 @@ def _example(record: Record, ids: Ids) -> Example:
     unique = fields.get("unique_id")
     if isinstance(unique, str) and fields.get("id") is None:
         record = Record({**fields, "id": unique.removesuffix(".json").replace("/", "-")}, record.row, _HOLDS)
-    subject = fields.get("subject", fields.get("type"))
     return Example(
         id=ids.take(record, problem),
         problem=problem,
         target=target,
-        subject=None if subject is None else str(subject),
+        subject=record.label("subject" if "subject" in fields else "type"),
         solution=solution,
         level=_level(record),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from jobs import spec
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import CHOOSES, Example, choosing
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "mmlu"
 VERSION = "1"
@@ -32,8 +32,7 @@ def examples(records: Sequence[Mapping[str, Any]], *, subjects: str | None = Non
     What is weighed is the letter alone. An id comes from subject, question and choices, unless the record has one.
     Raises BadRecord naming the row and what it lacks, ConfigFailure for a subject that no record has.
     """
-    ids = Ids()
-    found = [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    found = read(records, _HOLDS, _example)
     if subjects is None:
         return found
     known = {str(example.subject) for example in found}
@@ -50,10 +49,9 @@ def examples(records: Sequence[Mapping[str, Any]], *, subjects: str | None = Non
 def context(example: Example, shots: Sequence[Example]) -> str:
     """The description of the subject, each shot with its letter, then the problem, to be answered by a letter."""
     subject = str(example.subject).replace("_", " ")
-    asked = [f"{shot.problem} {shot.choices[int(shot.target)]}\n\n" for shot in shots]
     return (
         f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        f"{''.join(asked)}{example.problem}"
+        f"{choosing.context(example, shots)}"
     )
 
 

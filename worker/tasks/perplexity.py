@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.tasks import READS, Example
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "perplexity"
 VERSION = "1"
@@ -57,23 +58,7 @@ def examples(records: Sequence[Mapping[str, Any]], *, field: str = "auto") -> li
 
     A `page` is read detokenised, and its words and bytes are counted as they stood. Raises BadRecord.
     """
-    ids = Ids()
-    found = []
-    for row, fields in enumerate(records, start=1):
-        record = Record(fields, row, _HOLDS)
-        name = field if field != "auto" else _PAGE if _PAGE in fields and "text" not in fields else "text"
-        text = record.text(name)
-        subject = fields.get("subject")
-        found.append(
-            Example(
-                id=ids.take(record, text),
-                problem=detokenised(text) if name == _PAGE else text,
-                target="",
-                subject=None if subject is None else str(subject),
-                solution=text,
-            )
-        )
-    return found
+    return read(records, _HOLDS, functools.partial(_example, field=field))
 
 
 def detokenised(page: str) -> str:
@@ -86,3 +71,16 @@ def detokenised(page: str) -> str:
 def words(text: str) -> int:
     """How many words lm-evaluation-harness counts: pieces between white space, an empty one at an end too."""
     return len(re.split(r"\s+", text))
+
+
+def _example(record: Record, ids: Ids, field: str) -> Example:
+    is_page = _PAGE in record.fields and "text" not in record.fields
+    name = field if field != "auto" else _PAGE if is_page else "text"
+    text = record.text(name)
+    return Example(
+        id=ids.take(record, text),
+        problem=detokenised(text) if name == _PAGE else text,
+        target="",
+        subject=record.label("subject"),
+        solution=text,
+    )

@@ -12,7 +12,7 @@ from jobs import spec
 from worker import grading
 from worker.failures import BadRecord
 from worker.tasks import GENERATES, Example, Verdict, lacking
-from worker.tasks.records import Ids, Record
+from worker.tasks.records import Ids, Record, read
 
 NAME = "prompts"
 VERSION = "1"
@@ -42,8 +42,7 @@ def examples(records: Sequence[Mapping[str, Any]]) -> list[Example]:
 
     Raises BadRecord naming the row and what is wrong: a pattern or a schema that is none, too.
     """
-    ids = Ids()
-    return [_example(Record(record, row, _HOLDS), ids) for row, record in enumerate(records, start=1)]
+    return read(records, _HOLDS, _example)
 
 
 def messages(example: Example, _shots: Sequence[Example], *, instruction: str = "") -> list[dict[str, str]]:
@@ -179,12 +178,11 @@ def _example(record: Record, ids: Ids) -> Example:
             raise BadRecord(f"row {record.row}: unknown field {name!r}: {spec.nearest(str(name), _FIELDS)}", _HOLDS)
     chat = _chat(record)
     problem = chat[-1]["content"] if chat else record.text("prompt")
-    category = record.fields.get("category")
     return Example(
         id=ids.take(record, [dict(message) for message in chat] or problem),
         problem=problem,
         target=spec.canonical(_expectation(record)).decode(),
-        subject=None if category is None else str(category),
+        subject=record.label("category"),
         chat=chat,
     )
 

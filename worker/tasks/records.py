@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from worker.failures import BadRecord
+from worker.tasks import Example
 
 ID_DIGITS = 12
 """Of an id made from content: 48 bits; over 10,000 rows, two share one with a chance of 2 in 10 million."""
@@ -42,6 +43,11 @@ class Record:
                 f"row {self.row}: the field {name!r} must be a text{'' if empty else ' that is not empty'}", self.holds
             )
         return value
+
+    def label(self, name: str) -> str | None:
+        """The value of a field as text; None where there is none."""
+        value = self.fields.get(name)
+        return None if value is None else str(value)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """At least two texts of a field, none of them empty."""
@@ -89,6 +95,12 @@ class Ids:
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_DIGITS]
         self.times[name] = self.times.get(name, 0) + 1
         return name if self.times[name] == 1 else f"{name}-{self.times[name]}"
+
+
+def read(records: Sequence[Mapping[str, Any]], holds: str, example: Callable[[Record, Ids], Example]) -> list[Example]:
+    """What `example` makes of every record, in order; raises BadRecord naming the row and what it lacks."""
+    ids = Ids()
+    return [example(Record(record, row, holds), ids) for row, record in enumerate(records, start=1)]
 
 
 def _checked(given: Any, record: Record) -> str:
