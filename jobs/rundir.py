@@ -311,6 +311,7 @@ class Home:
         self.selections = folder / "selections.jsonl"
         self.summary = folder / "summary.json"
         self.report = folder / "report.html"
+        self.frozen = folder / "frozen.json"  # of a baseline that is done, once: digests of what it has made
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
         self.adapter = folder / "adapter"  # what a training made, as its user sees it
         self.out = folder / OUT  # the files a command brought home, as its user sees them

@@ -10,10 +10,10 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-from jobs import comparison, durable, metrics, rundir, selection
+from jobs import comparison, durable, metrics, rundir, selection, suites
 from jobs.comparison import Paired
 from jobs.selection import Candidate
-from orchestrator import runs, summary
+from orchestrator import frozen, runs, summary
 from orchestrator.errors import ConfigError, UsageError
 
 _SURE = 0.05
@@ -22,9 +22,10 @@ _LABELS_MAX = 40
 
 @dataclass(frozen=True)
 class Side:
-    """One run of a comparison: the score of each example that has one, and what the run was."""
+    """One run of a comparison, or a part of one: the score of each example that has one, and what the run was."""
 
     label: str
+    task: str
     home: rundir.Home
     measure: str
     """What its numbers are: `score`, or `bits_per_byte` of texts that were read, where less is better."""
@@ -33,53 +34,105 @@ class Side:
     rules: dict[str, dict[str, float]]
     """By rule of the task, the mean score of each example."""
     about: dict[str, Any]
-    """Of job.json and resolved.json: `job`, `task`, `model` and `identity`, as far as they are there."""
+    """Of job.json and summary.json: `job`, `model`, `identity` and `noise`, as far as they are there."""
 
 
-def compare(names: Sequence[str], way: str = "mean") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Loaded:
+    """Runs that were read to be set side by side."""
+
+    way: str
+    """How one number comes of an example's samples: one of `selection.SELECTORS`."""
+    runs: dict[str, dict[str, Side]]
+    """By its label, a run's sides by task: one, or one for each of its parts; the run compared with comes first."""
+
+    @property
+    def first(self) -> dict[str, Side]:
+        """The run that all others are compared with."""
+        return next(iter(self.runs.values()))
+
+    def pairs(self) -> list[tuple[Side, Side]]:
+        """What is compared: every further run with the first, task by task."""
+        others = list(self.runs.values())[1:]
+        return [(self.first[task], other[task]) for other in others for task in self.first if task in other]
+
+    def tasks(self) -> list[str]:
+        """The tasks that are compared, in the first run's order."""
+        return list(dict.fromkeys(before.task for before, _ in self.pairs()))
+
+    def sides(self) -> list[Side]:
+        """Everything that is compared, task by task."""
+        compared = {id(side) for pair in self.pairs() for side in pair}
+        found = [run[task] for task in self.tasks() for run in self.runs.values() if task in run]
+        return [side for side in found if id(side) in compared]
+
+
+def load(names: Sequence[str], way: str = "mean") -> Loaded:
+    """Read the rows of runs, once. UsageError for runs that cannot be set side by side."""
+    homes = [_home(name) for name in names]
+    if len({home.folder for home in homes}) < len(homes) or len(homes) < 2:
+        raise UsageError("A comparison needs two different runs.", "See the runs: gpu runs --all")
+    labels = _labels(homes)
+    loaded = Loaded(way, {label: _sides(home, label, way) for home, label in zip(homes, labels, strict=True)})
+    first = labels[0]
+    for label, sides in loaded.runs.items():
+        if not sides:
+            raise UsageError(f"{label} has no scored row to compare.", f"Look at it: gpu report {label}")
+        if not any(task in loaded.first and side.measure == loaded.first[task].measure for task, side in sides.items()):
+            raise UsageError(
+                f"{first} is of the task {', '.join(loaded.first)}, {label} of {', '.join(sides)}: "
+                "their scores are no measure of one thing.",
+                "Compare runs of the same task.",
+            )
+    return loaded
+
+
+def compare(loaded: Loaded) -> dict[str, Any]:
     """Every further run against the first, on the examples that both scored; as `gpu compare --json` prints it.
 
-    `way` is how one number comes of an example's samples: one of `selection.SELECTORS`. P-values are adjusted (Holm)
-    when there is more than one comparison. UsageError for runs that cannot be set side by side.
+    Of runs with several parts, task by task. P-values are adjusted (Holm) over all comparisons.
     """
-    sides = _sides(names, way)
-    return {"by": way, "runs": [_run(side) for side in sides], "comparisons": _comparisons(sides)}
+    lacking = {
+        label: [task for task in {**loaded.first, **sides} if task not in sides or task not in loaded.first]
+        for label, sides in loaded.runs.items()
+    }
+    return {
+        "by": loaded.way,
+        "tasks": loaded.tasks(),
+        "runs": [_run(side) for side in loaded.sides()],
+        "comparisons": _comparisons(loaded.pairs()),
+        "not_compared": {label: tasks for label, tasks in lacking.items() if tasks},
+        "frozen": {label: known for label, sides in loaded.runs.items() if (known := _frozen(sides))},
+    }
 
 
-def table(names: Sequence[str], way: str = "mean") -> str:
-    """The scores as CSV: a line for each example that any of the runs has, a column for each run."""
-    sides = _sides(names, way)
+def _frozen(sides: Mapping[str, Side]) -> dict[str, Any] | None:
+    return frozen.told(next(iter(sides.values())).home)
+
+
+def table(loaded: Loaded) -> str:
+    """The scores as CSV: a line for each example that any of the runs has, a column for each run.
+
+    With more than one task, the task comes first.
+    """
+    tasks = loaded.tasks()
     text = io.StringIO()
     written = csv.writer(text, lineterminator="\n")
-    written.writerow(["example_id", "subject", *(side.label for side in sides)])
-    for name in dict.fromkeys(name for side in sides for name in side.subjects):
-        subject = next((side.subjects[name] for side in sides if name in side.subjects), None)
-        written.writerow([name, subject or "", *(_cell(side.scores.get(name)) for side in sides)])
+    several = len(tasks) > 1
+    written.writerow([*(["task"] if several else []), "example_id", "subject", *loaded.runs])
+    for task in tasks:
+        sides = [run.get(task) for run in loaded.runs.values()]
+        there = [side for side in sides if side is not None]
+        for name in dict.fromkeys(name for side in there for name in side.subjects):
+            subject = next((side.subjects[name] for side in there if name in side.subjects), None)
+            scores = [_cell(None if side is None else side.scores.get(name)) for side in sides]
+            written.writerow([*([task] if several else []), name, subject or "", *scores])
     return text.getvalue()
 
 
 def _cell(score: float | None) -> str:
     """A score, or nothing where there is none: an error is never a zero."""
     return "" if score is None else f"{score:.12g}"
-
-
-def _sides(names: Sequence[str], way: str) -> list[Side]:
-    homes = [_home(name) for name in names]
-    if len({home.folder for home in homes}) < len(homes) or len(homes) < 2:
-        raise UsageError("A comparison needs two different runs.", "See the runs: gpu runs --all")
-    labels = _labels(homes)
-    sides = [_side(home, label, selection.SELECTORS[way]) for home, label in zip(homes, labels, strict=True)]
-    first = sides[0]
-    for side in sides:
-        if not side.scores:
-            raise UsageError(f"{side.label} has no scored row to compare.", f"Look at it: gpu report {side.label}")
-        if (side.about["task"], side.measure) != (first.about["task"], first.measure):
-            raise UsageError(
-                f"{first.label} is of the task {first.about['task']}, {side.label} of {side.about['task']}: "
-                "their scores are no measure of one thing.",
-                "Compare runs of the same task.",
-            )
-    return sides
 
 
 def _home(name: str) -> rundir.Home:
@@ -96,20 +149,35 @@ def _labels(homes: Sequence[rundir.Home]) -> list[str]:
     return [str(home.folder) if names.count(home.folder.name) > 1 else home.folder.name for home in homes]
 
 
-def _side(home: rundir.Home, label: str, pick: Callable[[Sequence[Candidate]], float]) -> Side:
+def _sides(home: rundir.Home, label: str, way: str) -> dict[str, Side]:
+    """A run by task; a task of which nothing was scored is left out."""
+    found: dict[str, selection.Examples] = {}
     try:
-        examples = selection.group(summary.finals(home))
+        for row in summary.finals(home):
+            found.setdefault(suites.task_of(row["key"]), selection.Examples()).add(row)
     except OSError as error:
         raise ConfigError(f"The rows of {label} cannot be read: {error.strerror or error}.") from None
+    sides = {task: _side(home, label, task, (examples, selection.SELECTORS[way])) for task, examples in found.items()}
+    return {task: side for task, side in sides.items() if side.scores}
+
+
+def _side(
+    home: rundir.Home,
+    label: str,
+    task: str,
+    counted: tuple[selection.Examples, Callable[[Sequence[Candidate]], float]],
+) -> Side:
+    examples, pick = counted
     scored, read = examples.scored(), _bits(examples)
     return Side(
         label=label,
+        task=task,
         home=home,
         measure="bits_per_byte" if read else "score",
         scores=read or {name: pick(candidates) for name, candidates in scored.items()},
         subjects={name: group.subject for name, group in examples.groups.items()},
         rules={rule: _by_rule(scored, place) for place, rule in enumerate(examples.rules)},
-        about=_about(home),
+        about=_about(home, task),
     )
 
 
@@ -133,14 +201,18 @@ def _by_rule(scored: Mapping[str, list[Candidate]], place: int) -> dict[str, flo
     return found
 
 
-def _about(home: rundir.Home) -> dict[str, Any]:
+def _about(home: rundir.Home, task: str) -> dict[str, Any]:
     job = durable.load_news(home.job)
     summed = durable.load_news(home.summary)
-    resolved = summed.get("resolved") or {}
+    identity = (summed.get("resolved") or {}).get("identity")
     model = (job.get("params") or {}).get("model") or summed.get("model")
-    task = job.get("task") or summed.get("task")
-    noise = summed.get("noise") or {}
-    return {"job": job.get("job"), "task": task, "model": model, "identity": resolved.get("identity"), "noise": noise}
+    part = (summed.get("parts") or {}).get(task) or summed
+    return {
+        "job": job.get("job"),
+        "model": model,
+        "identity": suites.identity(identity, task) or None if isinstance(identity, dict) else None,
+        "noise": part.get("noise") or {},
+    }
 
 
 def _run(side: Side) -> dict[str, Any]:
@@ -148,7 +220,9 @@ def _run(side: Side) -> dict[str, Any]:
     return {
         "run": side.label,
         "measure": side.measure,
-        **{name: side.about[name] for name in ("job", "task", "model")},
+        "job": side.about["job"],
+        "task": side.task,
+        "model": side.about["model"],
         "n_examples": len(side.subjects),
         "scored": len(side.scores),
         "value": estimate.value,
@@ -157,11 +231,10 @@ def _run(side: Side) -> dict[str, Any]:
     }
 
 
-def _comparisons(sides: Sequence[Side]) -> list[dict[str, Any]]:
-    first, *others = sides
-    found = {side.label: _paired(first, side) for side in others}
-    adjusted = comparison.holm({label: pair.p_value for label, pair in found.items()})
-    return [_compared(first, side, found[side.label], adjusted[side.label]) for side in others]
+def _comparisons(pairs: Sequence[tuple[Side, Side]]) -> list[dict[str, Any]]:
+    found = {str(number): _paired(*pair) for number, pair in enumerate(pairs)}
+    adjusted = comparison.holm({number: pair.p_value for number, pair in found.items()})
+    return [_compared(*pairs[int(number)], pair, adjusted[number]) for number, pair in found.items()]
 
 
 def _paired(first: Side, side: Side) -> Paired:
@@ -177,6 +250,7 @@ def _paired(first: Side, side: Side) -> Paired:
 def _compared(first: Side, side: Side, pair: Paired, p_adjusted: float) -> dict[str, Any]:
     floor = _noise_floor(first, side, pair.n)
     return {
+        "task": first.task,
         "before": first.label,
         "after": side.label,
         **_figures(pair),
@@ -263,21 +337,28 @@ def chart(document: Mapping[str, Any]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = document["runs"]
-    is_share = entries[0]["measure"] == "score"
-    times = 100 if is_share else 1
-    values = [times * entry["value"] for entry in entries]
-    ends = [[times * abs(entry["value"] - _end(entry, end)) for entry in entries] for end in (0, 1)]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.6 * len(entries)), layout="constrained")
-    names = [entry["run"][-_LABELS_MAX:] for entry in entries]
-    axes.barh(range(len(names)), values, xerr=ends, capsize=4, color="#4477aa")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{entries[0]['task']}: {'score in %' if is_share else 'bits per byte'}, with 95 % interval")
+    tasks = document["tasks"]
+    figure, drawn = pyplot.subplots(
+        len(tasks), figsize=(8, len(tasks) + 0.6 * len(document["runs"])), layout="constrained", squeeze=False
+    )
+    for (axes,), task in zip(drawn, tasks, strict=True):
+        _draw(axes, [entry for entry in document["runs"] if entry["task"] == task])
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
     return image.getvalue()
+
+
+def _draw(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:
+    """A bar for each run of one task."""
+    is_share = entries[0]["measure"] == "score"
+    times = 100 if is_share else 1
+    values = [times * entry["value"] for entry in entries]
+    ends = [[times * abs(entry["value"] - _end(entry, end)) for entry in entries] for end in (0, 1)]
+    axes.barh(range(len(entries)), values, xerr=ends, capsize=4, color="#4477aa")
+    axes.set_yticks(range(len(entries)), [entry["run"][-_LABELS_MAX:] for entry in entries])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{entries[0]['task']}: {'score in %' if is_share else 'bits per byte'}, with 95 % interval")
 
 
 def _end(entry: Mapping[str, Any], place: int) -> float:

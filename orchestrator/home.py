@@ -207,7 +207,12 @@ class Arrivals:
         return self._merge(self.home.selections, self.selections, lines)
 
     def _merge(self, merged: Path, known: rows.Index, lines: list[bytes]) -> bytes:
-        """Append the lines that add a key or replace an error, and return them; a key's first good row is final."""
+        """Append the lines that add a key or replace an error, and return them; a key's first good row is final.
+
+        To a run that is frozen nothing is added any more.
+        """
+        if self.home.frozen.exists():
+            return b""
         fresh: dict[str, tuple[bool, bytes]] = {}
         for line in lines:
             try:

@@ -20,6 +20,7 @@ from orchestrator.pages import text as _text
 Json = Mapping[str, Any]
 SUBJECTS_MAX = 200
 """More subjects than this are no table anybody reads; the page says how many were left out."""
+_TILES = 4
 _WAYS = ("first", "mean", "majority", "oracle")
 _SHARES_OF_ROWS = ("finish_length", "no_answer")  # metrics told among the facts of the run
 _NOT_SHARES = re.compile(r"perplexity|ppl|loss|bits|log|second|token|length", re.IGNORECASE)
@@ -302,7 +303,8 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
         "shown": len(intake.kept),
         "rows": len(marks),
         "samples": samples,
-        "short": sum(len(by_index) < samples for by_index in intake.marks.values()),
+        "short": 0 if summary.get("parts") else sum(len(by_index) < samples for by_index in intake.marks.values()),
+        "tiles": len(summary.get("parts") or ()) or _TILES,
         "unscored": sum(mark.score is None and not mark.read for mark in marks),
         "errors": sum(mark.error for mark in marks),
         "cut": sum(mark.cut for mark in marks) / generated,
@@ -328,7 +330,7 @@ def _figures(summary: Json, samples: int) -> dict[str, Any]:
             name: Figure.of(name, gaps.get(f"oracle_gap_closed/{name}", gaps.get("oracle_gap_closed")))
             for name in rerankers
         },
-        "metrics": [Figure.of(name, given) for name, given in metrics.items() if name not in _SHARES_OF_ROWS],
+        "metrics": [Figure.of(name, given) for name, given in metrics.items() if not name.endswith(_SHARES_OF_ROWS)],
         "subjects": weakest_first[:SUBJECTS_MAX],
         "subjects_left_out": len(weakest_first[SUBJECTS_MAX:]),
         "generations": [

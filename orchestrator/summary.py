@@ -9,21 +9,24 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import durable, metrics, rows, rundir
-from orchestrator import clock, runs, training
+from jobs import durable, metrics, rows, rundir, suites
+from orchestrator import clock, frozen, runs, training
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
+_COUNTS = ("n_examples", "n_rows", "scored", "unscored", "unscored_examples")
 
 
 def write(run: Run) -> dict[str, Any]:
     """Count the rows at home and put summary.json and report.html into the run's folder; returns the summary."""
     from orchestrator import report
 
+    frozen.keep(run)
     document = count(run)
     durable.save_json(run.home.summary, document)
     job = {**run.job(), "machine": runs.machine_names(run), "started_at": run.record.started_at}
-    report.write(run.home.report, document, finals(run.home), choices(run), job)
+    shown = map(_as_of_part, finals(run.home)) if suites.is_suite(job) else finals(run.home)
+    report.write(run.home.report, document, shown, choices(run), job)
     return document
 
 
@@ -55,6 +58,12 @@ def _counts(row: rows.Row) -> bool:
     )
 
 
+def _as_of_part(row: rows.Row) -> rows.Row:
+    """A row as a page over several parts shows it: two parts may have examples of one id."""
+    task = suites.task_of(row["key"])
+    return {**row, "example_id": f"{task}/{row['example_id']}", "subject": task}
+
+
 def choices(run: Run) -> dict[str, rows.Row]:
     """What the re-ranker chose, by example."""
     return {str(row.get("example_id")): row for row in rows.read([run.home.selections])}
@@ -71,7 +80,7 @@ def count(run: Run) -> dict[str, Any]:
         "task": job["task"],
         "model": job["params"].get("model"),
         "state": run.record.state,
-        **metrics.summarise(finals(run.home), choices(run)),
+        **_counted(run, job, resolved),
         "fingerprint": resolved.get("fingerprint"),
         "resolved": resolved,
         "tokens_out": tokens_out,
@@ -83,8 +92,44 @@ def count(run: Run) -> dict[str, Any]:
         "created_at": run.record.created_at,
         "finished_at": run.record.finished_at,
         "machine": runs.machine_names(run),
+        **({"frozen": known} if (known := frozen.told(run.home)) else {}),
         **({"training": training.summarise(run)} if job["story"] == "train" else {}),
     }
+
+
+def _counted(run: Run, job: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """The counts and metrics of a run; of several parts those of each, in `parts`, and all together.
+
+    In `metrics` each is called by its task too, `mmlu/acc`, the headlines first; subjects stand in `parts` alone.
+    """
+    tasks = suites.tasks(job)
+    if not tasks:
+        return metrics.summarise(finals(run.home), choices(run))
+    found = {task: metrics.summarise(_rows_of(run, task)) for task in tasks}
+    for task, part in found.items():
+        part["headline"] = _headline(part["metrics"], (resolved.get("headlines") or {}).get(task))
+    named = {
+        f"{task}/{name}": entry
+        for task, part in found.items()
+        for name, entry in part["metrics"].items()
+        if not name.startswith(("subject/", "level/"))
+    }
+    first = {name: named[name] for task, part in found.items() if (name := f"{task}/{part['headline']}") in named}
+    return {
+        **{name: sum(part[name] for part in found.values()) for name in _COUNTS},
+        "metrics": {**first, **named},
+        "selection": {},
+        "parts": found,
+    }
+
+
+def _rows_of(run: Run, task: str) -> Iterator[rows.Row]:
+    return (row for row in finals(run.home) if suites.task_of(row["key"]) == task)
+
+
+def _headline(found: dict[str, Any], name: Any) -> str | None:
+    """The metric that stands for a part: its task's own, or else the first there is."""
+    return name if name in found else next(iter(found), None)
 
 
 def _resolved(run: Run) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from jobs import selection
-from orchestrator import comparing
+from orchestrator import comparing, frozen
 from orchestrator.cli import completion, output
 from orchestrator.plain import plain
 
@@ -35,9 +35,10 @@ def compare(names: tuple[str, ...], by: str, csv_file: Path | None, png_file: Pa
     \b
     Example:  gpu compare 3f9c 81d0 --csv scores.csv
     """
-    found = comparing.compare(names, by)
+    loaded = comparing.load(names, by)
+    found = comparing.compare(loaded)
     if csv_file:
-        comparing.write(csv_file, comparing.table(names, by).encode())
+        comparing.write(csv_file, comparing.table(loaded).encode())
     if png_file:
         comparing.write(png_file, comparing.chart(found))
     if as_json:
@@ -47,9 +48,11 @@ def compare(names: tuple[str, ...], by: str, csv_file: Path | None, png_file: Pa
 
 
 def _show(found: Mapping[str, Any]) -> None:
+    several = len(found["tasks"]) > 1
     lines = [
         [
             each["run"],
+            *([each["task"], each["measure"].replace("_", " ")] if several else []),
             str(each["model"] or "-"),
             output.number(each["value"]),
             f"{output.number(each['ci95'][0])} to {output.number(each['ci95'][1])}",
@@ -57,16 +60,24 @@ def _show(found: Mapping[str, Any]) -> None:
         ]
         for each in found["runs"]
     ]
-    output.columns(
-        ["RUN", "MODEL", found["runs"][0]["measure"].replace("_", " ").upper(), "95 % INTERVAL", "SCORED"], lines
-    )
+    measure = found["runs"][0]["measure"].replace("_", " ").upper()
+    of_it = ["TASK", "MEASURE", "MODEL", "VALUE"] if several else ["MODEL", measure]
+    output.columns(["RUN", *of_it, "95 % INTERVAL", "SCORED"], lines)
     for each in found["comparisons"]:
-        _show_one(each)
+        _show_one(each, several)
+    for label, tasks in found["not_compared"].items():
+        click.echo(f"\n{plain(label)}: {plain(', '.join(tasks))} cannot be compared: not both runs have scores of it.")
+    for label, known in found["frozen"].items():
+        if words := frozen.in_words(label, known):
+            click.echo(f"\nWarning: {plain(words)}")
 
 
-def _show_one(each: Mapping[str, Any]) -> None:
+def _show_one(each: Mapping[str, Any], several: bool) -> None:
     low, high = (_signed(end) for end in each["ci95"])
-    click.echo(f"\n{plain(each['after'])} against {plain(each['before'])}, on {each['n']} examples that both scored:")
+    task = f"{each['task']}: " if several else ""
+    click.echo(
+        f"\n{plain(task + each['after'])} against {plain(each['before'])}, on {each['n']} examples that both scored:"
+    )
     click.echo(f"  {_signed(each['difference'])} (95 % interval {low} to {high}), {_certainty(each)}")
     if each["left_out"]:
         click.echo(f"  {each['left_out']} examples are left out: not both runs scored them")

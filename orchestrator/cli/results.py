@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestrator import outs, rescoring, runs, summary
+from orchestrator import frozen, outs, rescoring, runs, summary
 from orchestrator.cli import cloud, completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -77,6 +77,28 @@ def show(run: Run) -> None:
         f"\n{found['n_rows']} rows of {found['n_examples']} examples, {found['unscored']} without a score; "
         f"{made} {found['seconds']:.1f} s"
     )
+    if "parts" in found:
+        _show_parts(found["parts"])
+    else:
+        _show_blocks(found)
+    for warning in _warnings(found):
+        click.echo(f"\nWarning: {warning}")
+    click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
+
+
+def _show_parts(found: dict[str, Any]) -> None:
+    """Print the headline of each part; the page has all the others."""
+    lines = []
+    for task, part in found.items():
+        entry = part["metrics"].get(part["headline"], {"value": None, "stderr": None, "ci95": [None, None]})
+        numbers = [output.number(entry["value"]), output.number(entry["stderr"]), _interval(entry["ci95"])]
+        lines.append([task, str(part["headline"] or "-"), *numbers, f"{part['scored']}/{part['n_rows']}"])
+    click.echo("")
+    output.columns(["PART", "METRIC", "VALUE", "STDERR", "95 % INTERVAL", "SCORED"], lines)
+
+
+def _show_blocks(found: dict[str, Any]) -> None:
+    """Print every way of choosing, and every metric."""
     selection = found["selection"] if found["tokens_out"] or not found["scored"] else {}  # nothing generated: no choice
     for title, block in (("SELECTION", selection), ("METRIC", found["metrics"])):
         lines = [
@@ -86,9 +108,6 @@ def show(run: Run) -> None:
         if lines:
             click.echo("")
             output.columns([title, "VALUE", "STDERR", "95 % INTERVAL"], lines)
-    for warning in _warnings(found):
-        click.echo(f"\nWarning: {warning}")
-    click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")
 
 
 def _show_training(run: Run, found: dict[str, Any]) -> None:
@@ -124,10 +143,13 @@ def show_outs(run: Run) -> None:
 def _warnings(found: dict[str, Any]) -> list[str]:
     """What makes the numbers above doubtful, in words."""
     said = [plain(warning) for warning in found["resolved"].get("warnings", [])]
-    for name, most, words in _DOUBTFUL:
-        share = found["metrics"].get(name, {}).get("value") or 0.0
-        if share > most:
-            said.append(f"{share:.0%} {words}")
+    for name, entry in found["metrics"].items():
+        task, _, last = name.rpartition("/")
+        for doubtful, most, words in _DOUBTFUL:
+            if last == doubtful and (share := entry["value"] or 0.0) > most:
+                said.append(f"{task}{': ' if task else ''}{share:.0%} {words}")
+    if words := frozen.in_words(found["run_id"], found.get("frozen")):
+        said.append(words)
     if found.get("conflicts"):
         said.append(
             f"{len(found['conflicts'])} rows were made twice, differently, by two machines (for example "

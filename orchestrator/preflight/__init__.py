@@ -104,8 +104,10 @@ def look(document: Mapping[str, Any], prompt_tokens: int | None = None) -> Prefl
     """What small reads of a job's model tell, whatever the machine; nothing is asked for a command or `tiny`.
 
     `document` is the job as `planning.request` returns it, `prompt_tokens` the longest prompt where it is known.
-    Never raises for what is wrong with a model: that stands in the findings.
+    Of several parts the one that writes most stands for all. Never raises for what is wrong with a model: that stands
+    in the findings.
     """
+    document = max(suites.parts(document), key=lambda part: part["params"].get("max_new_tokens") or 0)
     params = document["params"]
     name = params.get("model")
     is_elsewhere = params.get("engine") == "openai" and not params.get("server")  # with the server, on its own machine

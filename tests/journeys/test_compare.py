@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs import durable, rows
+from orchestrator import comparing, summary
 from tests.journeys.hurried import document, gpu
 
 
@@ -157,3 +158,53 @@ def test_what_cannot_be_compared_is_said(words: list[str], code: int, said: str)
     kept("empty", [None])
     done = gpu("compare", *words)
     assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+
+
+def merged(name: str, *parts: Path) -> Path:
+    """A folder with the rows of several runs as those of one with several parts."""
+    folder = Path(name)
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(b"".join((part / "rows.jsonl").read_bytes() for part in parts))
+    identities = {}
+    for part in parts:
+        task = json.loads((part / "job.json").read_text())["task"]
+        identities[task] = json.loads((part / "summary.json").read_text())["resolved"]["identity"]
+    durable.save_json(folder / "summary.json", {"resolved": {"identity": {"parts": identities}}})
+    return folder
+
+
+def test_runs_of_several_parts_are_compared_task_by_task() -> None:
+    """Equal ids in two tasks are two examples; p-values are adjusted over all; a plain run has one part in common."""
+    merged("old", kept("om", [0.0] * 40, task="mmlu"), kept("og", [1.0, 0.0] * 20))
+    merged("new", kept("nm", [1.0] * 12 + [0.0] * 28, task="mmlu"), kept("ng", [1.0, 0.0] * 20, temperature=0.7))
+    found = document("compare", "old", "new", "om")
+    told = [(each["task"], each["after"], each["n"], each["verdict"]) for each in found["comparisons"]]
+    assert told == [("mmlu", "new", 40, "better"), ("gsm8k", "new", 40, "noise"), ("mmlu", "om", 40, "noise")]
+    first = found["comparisons"][0]
+    assert first["p_value"] == pytest.approx(2 / 2**12)
+    assert first["p_adjusted"] == pytest.approx(3 * first["p_value"])
+    assert found["not_compared"] == {"om": ["gsm8k"]}
+    assert found["comparisons"][1]["differs"]["temperature"] == [0.0, 0.7]
+    said = gpu("compare", "old", "new", "om", "--csv", "all.csv")
+    assert said.returncode == 0, said.stderr
+    assert "mmlu: new against old, on 40 examples" in said.stdout
+    assert "om: gsm8k cannot be compared" in said.stdout
+    with Path("all.csv").open(newline="") as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == ["task", "example_id", "subject", "old", "new", "om"]
+    assert lines[1] == ["mmlu", "e0", "even", "0", "1", "0"]
+    assert lines[41] == ["gsm8k", "e0", "even", "1", "1", ""]
+    gpu("compare", "old", "new", "--png", "all.png")
+
+
+def test_the_rows_of_a_run_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table beside the comparison costs no second reading of rows that may be gigabytes."""
+    kept("old", [1.0, 0.0])
+    kept("new", [1.0, 1.0])
+    read: list[Any] = []
+    finals = summary.finals
+    monkeypatch.setattr(summary, "finals", lambda home: read.append(home) or finals(home))
+    loaded = comparing.load(["old", "new"])
+    assert comparing.compare(loaded)["comparisons"]
+    assert comparing.table(loaded)
+    assert len(read) == 2

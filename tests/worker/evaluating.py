@@ -73,9 +73,13 @@ def make(model: Path | str, dataset: Path, **params: Any) -> Run:
     values = job.fill(settings | {name: str(value) for name, value in params.items()})
     run_id = runs.new_run_id(job.name, None)
     document = {"schema": spec.SCHEMA, "run_id": run_id, "job": job.name, "story": job.story, "task": job.task}
-    document |= {"params": values, "limit": None}
+    return begun(document | {"params": values, "limit": None})
+
+
+def begun(document: dict[str, Any]) -> Run:
+    """A run of any job, by its document, not started yet."""
     agent = agents.keep(config.state_folder() / "agents")
-    record = Record(run_id, job.name, machines.LOCAL, agent, "python", str(Path.cwd()), "2026-01-01")
+    record = Record(document["run_id"], document["job"], machines.LOCAL, agent, "python", str(Path.cwd()), "2026-01-01")
     run = runs.create(record, document)
     machines.this_computer().push_agent(config.state_folder() / "agents", agent)
     machine.there(run).folder.mkdir(parents=True)
@@ -84,7 +88,7 @@ def make(model: Path | str, dataset: Path, **params: Any) -> Run:
 
 def start(run: Run, **order: Any) -> None:
     """Start its next attempt; vLLM's Python where its engine is vLLM."""
-    if run.job()["params"]["engine"] == "vllm":
+    if run.job()["params"].get("engine") == "vllm":
         order = {"python": PYTHON_OF_VLLM, **order, "env": {**os.environ, **OF_VLLM, **order.get("env", {})}}
     done = machine.start(run, machine.there(run).last_attempt(), **order)
     assert done["started"], done
