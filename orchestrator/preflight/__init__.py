@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jobs import suites
 from jobs.training_memory import CONTEXT_BYTES, FULL
 from orchestrator.plain import plain
 from orchestrator.preflight import memory, template
