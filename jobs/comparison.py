@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb, fsum, inf, sqrt
 
-from jobs.metrics import Z_95
+from jobs.metrics import Z_95, standard_error
 
 _DRAWS = 10_000
 _WEIGHTS = 5_000_000  # random numbers at most per comparison: some seconds
@@ -50,7 +50,7 @@ def paired(before: Mapping[str, float], after: Mapping[str, float]) -> Paired:
     n = len(names)
     differences = {name: round(after[name] - before[name], 12) for name in names}  # rounding errors are no flips
     mean = fsum(differences.values()) / n
-    stderr = sqrt(fsum((each - mean) ** 2 for each in differences.values()) / (n - 1) / n) if n > 1 else None
+    stderr = standard_error(list(differences.values()), mean)
     half = None if stderr is None else Z_95 * stderr
     gained = tuple(name for name in names if differences[name] > 0)
     lost = tuple(name for name in names if differences[name] < 0)
@@ -110,10 +110,11 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def noise_floor(flips: int, repeated: int, n: int) -> float:
+def noise_floor(flips: float, repeated: int, n: int) -> float:
     """How far apart two equal runs over `n` examples may come, with 95 % certainty, when nothing but chance differs.
 
     `flips` of the `repeated` examples scored otherwise when they were run again; each flip goes either way, so that
-    the difference of two means has the variance flips / repeated / n. Without any flip it is 0.
+    the difference of two means has the variance flips / repeated / n. Without any flip it is 0. Where scores are not
+    only 0 and 1, `flips` is the sum of the squared differences.
     """
     return Z_95 * sqrt(flips / repeated / n)

@@ -45,7 +45,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if n == 0:
         raise ValueError("no values to estimate a mean from")
     mean = fsum(values) / n
-    stderr = sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
+    stderr = standard_error(values, mean)
     if min(values) == max(values) or all(value in (0.0, 1.0) for value in values):
         low, high = wilson(mean, n)
     else:
@@ -60,11 +60,17 @@ def estimate_of_any(values: Sequence[float]) -> Estimate:
     if n == 0:
         raise ValueError("no values to estimate a mean from")
     mean = fsum(values) / n
-    if n == 1:
+    stderr = standard_error(values, mean)
+    if stderr is None:
         return Estimate(mean, None, None, None, n)
-    stderr = sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
     half = student_t_95(n - 1) * stderr
     return Estimate(mean, stderr, mean - half, mean + half, n)
+
+
+def standard_error(values: Sequence[float], mean: float) -> float | None:
+    """That of the mean of values: their sample standard deviation (n - 1) over sqrt(n); None of fewer than two."""
+    n = len(values)
+    return sqrt(fsum((value - mean) ** 2 for value in values) / (n - 1) / n) if n > 1 else None
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

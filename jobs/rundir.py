@@ -19,7 +19,7 @@ _ATTEMPT = re.compile(r"[0-9]{4}")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})(?:\.([0-9]{1,6}))?")
 _FOLDER = re.compile(rf"model|adapter|{_CHECKPOINT.pattern}")
 
-GROWING = ("rows.jsonl", "selections.jsonl", "steps.jsonl", "log.txt", "server.log")
+GROWING = ("rows.jsonl", "noise.jsonl", "selections.jsonl", "steps.jsonl", "log.txt", "server.log")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
 WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
@@ -196,6 +196,7 @@ class Attempt:
         self.number = int(folder.name)
         self.env = folder / "env.json"  # worker, once: GPU, driver, packages
         self.rows = folder / "rows.jsonl"  # worker, made new, appended
+        self.noise = folder / "noise.jsonl"  # worker, made new, appended: rows that were made a second time
         self.selections = folder / "selections.jsonl"  # worker, made new, appended
         self.steps = folder / "steps.jsonl"  # worker, made new, appended: a line for each step of a training
         self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
@@ -215,6 +216,7 @@ class Run:
         self.folder = folder
         self.job = folder / "job.json"
         self.home = folder / "home.jsonl"
+        self.home_noise = folder / "home-noise.jsonl"
         self.home_selections = folder / "home-selections.jsonl"
         self.resolved = folder / "resolved.json"
         self.examples = folder / "examples.json"  # worker, once, before that: the ids of all examples, in their order
@@ -256,6 +258,10 @@ class Run:
     def row_files(self) -> list[Path]:
         """Every file of rows there is or may be here, what came from home first."""
         return [self.home, *(attempt.rows for attempt in self.attempts())]
+
+    def noise_files(self) -> list[Path]:
+        """The same for rows that were made a second time."""
+        return [self.home_noise, *(attempt.noise for attempt in self.attempts())]
 
     def selection_files(self) -> list[Path]:
         """The same for the re-ranker's choices."""
@@ -308,6 +314,7 @@ class Home:
         self.job = folder / "job.json"
         self.record = folder / "run.json"
         self.rows = folder / "rows.jsonl"
+        self.noise = folder / "noise.jsonl"
         self.selections = folder / "selections.jsonl"
         self.summary = folder / "summary.json"
         self.report = folder / "report.html"

@@ -133,7 +133,8 @@ def _put(run: Run, machine: Machine) -> None:
 def _at_home(run: Run) -> Iterator[tuple[str, Path]]:
     """Everything of a run that a machine new to it should have, by the name it is sent under."""
     yield from _resolved(run)
-    yield from (("home.jsonl", run.home.rows), ("home-selections.jsonl", run.home.selections))
+    yield from (("home.jsonl", run.home.rows), ("home-noise.jsonl", run.home.noise))
+    yield ("home-selections.jsonl", run.home.selections)
     yield from outs.newest(run.home)
 
 

@@ -290,7 +290,7 @@ def _verdict(pair: Paired, p_adjusted: float, floor: float | None, sign: int) ->
 def _noise_floor(first: Side, side: Side, n: int) -> float | None:
     """The higher of what either run measured when it was asked to; None when neither was."""
     noises = (each.about["noise"] for each in (first, side))
-    told = [(noise.get("flips"), noise.get("n")) for noise in noises]
+    told = [(noise.get("squares", noise.get("flips")), noise.get("n")) for noise in noises]
     floors = [comparison.noise_floor(flips, count, n) for flips, count in told if count and flips is not None]
     return max(floors, default=None)
 

@@ -19,7 +19,7 @@ def keep(run: Run) -> None:
     """Freeze what a sealed run has made, if its job wants that; once it is frozen nothing is done."""
     if run.record.state != "sealed" or not run.job().get("frozen") or run.home.frozen.exists():
         return
-    files = [path for path in (run.home.rows, run.home.selections) if path.exists()]
+    files = [path for path in (run.home.rows, run.home.noise, run.home.selections) if path.exists()]
     for path in files:
         _lock(path)
     facts = {path.name: {"bytes": path.stat().st_size, "sha256": rundir.file_sha256(path)} for path in files}

@@ -92,6 +92,8 @@ class Gathering:
                 return b""
             for batch in self._fresh(share.home.selections):
                 self.arrivals.take_selections(batch)
+            for batch in self._fresh(share.home.noise):
+                self.arrivals.take_noise(batch)
             return b"".join(self.arrivals.take_rows(batch) for batch in self._fresh(share.home.rows))
 
     def _fresh(self, path: Path) -> Iterator[list[bytes]]:

@@ -35,6 +35,7 @@ class Arrivals:
         weights.mend(home, self.copy, self._parts)
         self.rows = self._reopen(home.rows, "rows.jsonl")
         self.selections = self._reopen(home.selections, "selections.jsonl")
+        self.noise = self._reopen(home.noise, "noise.jsonl")
 
     @classmethod
     def open(cls, home: rundir.Home, machine: str) -> Arrivals | None:
@@ -197,6 +198,8 @@ class Arrivals:
             self._merge(self.home.rows, self.rows, data.split(b"\n")[:-1])
         elif path.name == "selections.jsonl":
             self._merge(self.home.selections, self.selections, data.split(b"\n")[:-1])
+        elif path.name == "noise.jsonl":
+            self._merge(self.home.noise, self.noise, data.split(b"\n")[:-1])
 
     def take_rows(self, lines: list[bytes]) -> bytes:
         """Merge rows that are home in another folder, of a share of this run; returns those that were news here."""
@@ -205,6 +208,10 @@ class Arrivals:
     def take_selections(self, lines: list[bytes]) -> bytes:
         """The same for a re-ranker's choices."""
         return self._merge(self.home.selections, self.selections, lines)
+
+    def take_noise(self, lines: list[bytes]) -> bytes:
+        """The same for rows that were made a second time."""
+        return self._merge(self.home.noise, self.noise, lines)
 
     def _merge(self, merged: Path, known: rows.Index, lines: list[bytes]) -> bytes:
         """Append the lines that add a key or replace an error, and return them; a key's first good row is final.

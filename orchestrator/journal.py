@@ -46,7 +46,7 @@ def _entry(run: Run) -> dict[str, Any]:
         "state": record.state,
         "score": _score(found),
         "training": _training(found),
-        "categories": _categories(found.get("metrics") or {}),
+        "categories": _categories(found.get("metrics") or {}) or _headlines(found),
         "cost_usd": cost if isinstance(cost, int | float) else round(run.cost_usd(), 4),
         "notes": notes.read(run),
         "command": retyping.line(run, job) if {"job", "story"} <= job.keys() else None,
@@ -95,6 +95,17 @@ def _categories(metrics: Json) -> list[dict[str, Any]]:
         if name.startswith(_KINDS) and isinstance(entry, Mapping) and entry.get("value") is not None
     ]
     return sorted(found, key=lambda each: (each["value"], each["name"]))
+
+
+def _headlines(found: Json) -> list[dict[str, Any]]:
+    """That of each part of a run that has several."""
+    parts = [(f"{task} {part.get('headline')}", part) for task, part in (found.get("parts") or {}).items()]
+    named = [(name, (part.get("metrics") or {}).get(part.get("headline")) or {}) for name, part in parts]
+    return [
+        {"name": name, **{key: entry.get(key) for key in ("value", "ci95", "n")}}
+        for name, entry in named
+        if entry.get("value") is not None
+    ]
 
 
 def markdown(found: Json) -> str:

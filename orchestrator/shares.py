@@ -101,7 +101,8 @@ def _seed(gathering: Gathering, home: Home, share: dict[str, Any]) -> None:
     run = gathering.run
     job = run.job()
     wanted = None if "only" not in share else set(map(shares.Keys(job).example, share["only"]))
-    for source, target in ((run.home.rows, home.rows), (run.home.selections, home.selections)):
+    files = ("rows", "selections", "noise")
+    for source, target in ((getattr(run.home, name), getattr(home, name)) for name in files):
         kept = [line + b"\n" for _, line in rows.whole_lines(source) if _is_of(line, wanted)]
         if kept:
             durable.replace_whole(target, b"".join(kept))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import durable, metrics, rows, rundir, suites
+from jobs import durable, flips, metrics, rows, rundir, suites
 from orchestrator import clock, frozen, runs, training
 from orchestrator.runs import Run
 
@@ -104,9 +104,10 @@ def _counted(run: Run, job: dict[str, Any], resolved: dict[str, Any]) -> dict[st
     """
     tasks = suites.tasks(job)
     if not tasks:
-        return metrics.summarise(finals(run.home), choices(run))
+        return metrics.summarise(finals(run.home), choices(run)) | _noise(run, "")
     found = {task: metrics.summarise(_rows_of(run, task)) for task in tasks}
     for task, part in found.items():
+        part |= _noise(run, task)
         part["headline"] = _headline(part["metrics"], (resolved.get("headlines") or {}).get(task))
     named = {
         f"{task}/{name}": entry
@@ -114,13 +115,27 @@ def _counted(run: Run, job: dict[str, Any], resolved: dict[str, Any]) -> dict[st
         for name, entry in part["metrics"].items()
         if not name.startswith(("subject/", "level/"))
     }
+    noises = [part["noise"] for part in found.values() if "noise" in part]
     first = {name: named[name] for task, part in found.items() if (name := f"{task}/{part['headline']}") in named}
     return {
         **{name: sum(part[name] for part in found.values()) for name in _COUNTS},
         "metrics": {**first, **named},
         "selection": {},
+        **({"noise": flips.total(noises)} if noises else {}),
         "parts": found,
     }
+
+
+def _noise(run: Run, task: str) -> dict[str, Any]:
+    """What came of asking some of it again, of one task or of all: nothing where that was not done."""
+    if not run.home.noise.exists():
+        return {}
+    first, second = (
+        (row for row in found if not task or suites.task_of(row["key"]) == task)
+        for found in (finals(run.home), filter(_counts, rows.read([run.home.noise])))
+    )
+    noise = flips.summarise(first, second)
+    return {"noise": noise} if noise else {}
 
 
 def _rows_of(run: Run, task: str) -> Iterator[rows.Row]:

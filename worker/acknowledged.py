@@ -21,7 +21,7 @@ _SETTLED_NS = 2_000_000_000
 _CHUNK_BYTES = 1 << 20
 _ENTRY = 6
 """Of a recorded file: how many bytes are home, their SHA-256, and the four parts of its signature then."""
-_RESULTS = ("rows.jsonl", "selections.jsonl", "steps.jsonl")
+_RESULTS = ("rows.jsonl", "noise.jsonl", "selections.jsonl", "steps.jsonl")
 """Of the files of an attempt, those that nothing else could make again."""
 Answer = dict[str, Any]
 

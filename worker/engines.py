@@ -81,7 +81,8 @@ def grouped(parts: Iterable[Prepared]) -> list[list[Prepared]]:
     groups: dict[str, list[Prepared]] = {}
     for part in parts:
         served = [part.params.get(name) for name in _OF_SERVERS] if part.engine == "openai" else []
-        groups.setdefault(repr((part.engine, part.request, served)), []).append(part)
+        size = part.params["batch_size"] if part.engine != "hf" else None  # which a server, or vLLM, begins with
+        groups.setdefault(repr((part.engine, part.request, served, size)), []).append(part)
     return list(groups.values())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from jobs import durable, rows, rundir, shares, suites, times
-from worker import engines, facts, likelihood, plan, resolve, sandbox, selecting
+from worker import again, engines, facts, likelihood, plan, resolve, sandbox, selecting
 from worker.asking import Item
 from worker.expectation import Watch
 from worker.generators import Completion, Likelihood, Prompt, Query
@@ -30,14 +30,16 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
         say(sandbox.walls().described())
     resolve.list_examples(run, parts)
     resolve.settle(run, parts)  # after the list: once this is home, that and the run's own model are, or follow
-    done = finished(run)
+    done, measured = finished(run.row_files()), finished(run.noise_files())
     total, left = sum(len(part.items) for part in parts), [part.without(done) for part in parts]
     progress.expect(total=total, before=total - sum(len(part.items) for part in left))
     watches = {part.task.NAME: _watch(run, part) for part in parts}
+    left += [part.without(measured) for part in again.asked(parts)]
     threads = min(at_once(part.task.NAME) for part in parts)
     with (
         rows.Appender(attempt.rows) as out,
-        Scoring(make_row, lambda row: keep(row, out, progress, watches), threads) as scoring,
+        second_rows(attempt, left) as second,
+        Scoring(make_row, lambda row: keep(row, (out, second), progress, watches), threads) as scoring,
         contextlib.closing(answers(left, attempt, progress)) as made,
     ):
         for part, item, answer in made:
@@ -73,8 +75,24 @@ def _watch(run: rundir.Run, part: plan.Prepared) -> Watch:
     return Watch(part.params.get("expect"), run, part.items, shares.among(part.job))
 
 
-def keep(row: rows.Row, out: rows.Appender, progress: Progress, watches: Mapping[str, Watch]) -> None:
-    """Save a row, then count it; raises OSError, or OutOfExpectation where it shows that the run is not worth more."""
+def second_rows(
+    attempt: rundir.Attempt, parts: Sequence[plan.Prepared]
+) -> contextlib.AbstractContextManager[rows.Appender | None]:
+    """The file of rows that are made a second time; None where none is."""
+    return rows.Appender(attempt.noise) if any(part.is_again for part in parts) else contextlib.nullcontext()
+
+
+def keep(
+    row: rows.Row, files: tuple[rows.Appender, rows.Appender | None], progress: Progress, watches: Mapping[str, Watch]
+) -> None:
+    """Save a row, then count it; raises OSError, or OutOfExpectation where it shows that the run is not worth more.
+
+    One that was made a second time goes into the second file, and is no row of the run.
+    """
+    out, second = files
+    if second is not None and "batch_size" in row:
+        second.append(row)
+        return
     out.append(row)
     progress.rows(out.synced)
     watches[suites.task_of(row["key"])].see(row)
@@ -86,10 +104,10 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
 
 
-def finished(run: rundir.Run) -> dict[str, bool]:
+def finished(paths: Iterable[Path]) -> dict[str, bool]:
     """Every key that has a row, at home or in an attempt here, with whether that row is without error."""
     found = rows.Index()
-    for path in run.row_files():
+    for path in paths:
         rows.index(path, found)
     if found.corrupt:
         say(f"{found.corrupt} damaged lines among the rows were passed over; what they held is generated again.")
@@ -107,6 +125,7 @@ def make_row(prepared: plan.Prepared, item: Item, answer: Completion | Likelihoo
         **({} if item.example.level is None else {"level": item.example.level}),
         **item.asked,
         **_RESULTS[prepared.task.KIND](prepared, item, answer),
+        **({"batch_size": prepared.params["batch_size"]} if prepared.is_again else {}),
         "at": times.now(),
     }
 

@@ -22,6 +22,7 @@ WORKING_PERCENT = 3
 """A GPU that computes for less of the time only shows its desktop, or is asked how it is."""
 _GROWS_WITH_WORK = (
     "rows.jsonl",
+    "noise.jsonl",
     "selections.jsonl",
     "steps.jsonl",
     "log.txt",

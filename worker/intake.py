@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from jobs import durable, locks, rundir, trees
 from worker.outs import open_folder
 
-_RENEWED = ("home.jsonl", "home-selections.jsonl")
+_RENEWED = ("home.jsonl", "home-noise.jsonl", "home-selections.jsonl")
 """Taken at every resume: a run may come back to a machine with newer rows than it left there."""
 _LOCK_WAIT_S = 20.0
 _CHUNK_BYTES = 1 << 20

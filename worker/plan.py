@@ -35,6 +35,8 @@ class Prepared:
     shots_digest: str | None
     example_ids: list[str]
     """Of all its examples, in their order, as the run lists them, whoever makes them; `items` are those made here."""
+    is_again: bool = False
+    """Its items were asked before: this time to learn how many answers change."""
 
     @property
     def params(self) -> dict[str, Any]:
@@ -44,7 +46,8 @@ class Prepared:
     @property
     def title(self) -> str:
         """What a line about it begins with: nothing, where there is no other."""
-        return f"{self.task.NAME}: " if "part_takes" in self.job else ""
+        task = f"{self.task.NAME}: " if "part_takes" in self.job else ""
+        return f"{task}once more, " if self.is_again else task
 
     def without(self, done: dict[str, bool]) -> Prepared:
         """The same with those items only that have no good row yet."""

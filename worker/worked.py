@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -55,10 +55,15 @@ def drawn(found: list[Example], count: int | None) -> list[Example]:
 
     A file may be sorted by subject, so that its first examples stand for nothing but themselves.
     """
-    if count is None or count >= len(found):
+    if count is None:
         return found
-    taken = set(sorted((example.id for example in found), key=_rank)[:count])
+    taken = lowest([example.id for example in found], count)
     return [example for example in found if example.id in taken]
+
+
+def lowest(names: Iterable[str], count: int) -> set[str]:
+    """So many of these names, those with the lowest hashes."""
+    return set(sorted(names, key=_rank)[:count])
 
 
 def _rank(example_id: str) -> bytes:

@@ -81,6 +81,11 @@ def show(run: Run) -> None:
         _show_parts(found["parts"])
     else:
         _show_blocks(found)
+    if noise := found.get("noise"):
+        click.echo(
+            f"\nNoise: of {noise['n']} rows made again at another batch size, {noise['changed']} gave another answer "
+            f"and {noise['flips']} another score."
+        )
     for warning in _warnings(found):
         click.echo(f"\nWarning: {warning}")
     click.echo(f"\nRows:    {run.home.rows}\nReport:  {run.home.report}")

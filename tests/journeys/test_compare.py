@@ -208,3 +208,17 @@ def test_the_rows_of_a_run_are_read_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert comparing.compare(loaded)["comparisons"]
     assert comparing.table(loaded)
     assert len(read) == 2
+
+
+def test_each_part_has_its_own_noise_floor() -> None:
+    """Of a run of several parts the noise of the part counts; of scores between 0 and 1 its squared differences do."""
+    merged("old", kept("om", [0.0] * 40, task="mmlu"), kept("og", [0.0] * 40))
+    folder = merged("new", kept("nm", [1.0] * 8 + [0.0] * 32, task="mmlu"), kept("ng", [1.0] * 8 + [0.0] * 32))
+    told = json.loads((folder / "summary.json").read_text())
+    noises = {"mmlu": {"n": 50, "flips": 25, "squares": 25.0}, "gsm8k": {"n": 50, "flips": 25, "squares": 0.25}}
+    durable.save_json(folder / "summary.json", told | {"parts": {task: {"noise": noises[task]} for task in noises}})
+    mmlu, gsm8k = document("compare", "old", "new")["comparisons"]
+    assert [(each["verdict"], round(each["noise_floor"], 3)) for each in (mmlu, gsm8k)] == [
+        ("noise", 0.219),
+        ("better", 0.022),
+    ]
