@@ -94,19 +94,25 @@ def _end(children: list[subprocess.Popen[bytes]]) -> int | None:
 
 
 def serve(source: BinaryIO, out: BinaryIO, begin: Callable[[dict[str, Any]], Callable[[Any], Any]]) -> int:
-    """The child: answer each question with what `begin`, told the hello, gives, until the parent is gone.
-
-    What else is printed goes to the log, not between the answers.
-    """
-    answers = os.fdopen(os.dup(out.fileno()), "wb")
-    os.dup2(2, 1)
-    hello = json.loads(source.readline())
-    processes.die_with_parent(hello["parent"])
+    """The child: answer each question with what `begin`, told the hello, gives, until the parent is gone."""
+    hello, answers = greeted(source, out)
     answer = begin(hello)
     for line in source:
         answers.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
         answers.flush()
     return 0
+
+
+def greeted(source: BinaryIO, out: BinaryIO) -> tuple[dict[str, Any], BinaryIO]:
+    """In a child: the hello of its parent, with whom it dies from now on, and where answers are written.
+
+    What else is printed goes to the log, not between the answers.
+    """
+    answers = os.fdopen(os.dup(out.fileno()), "wb")
+    os.dup2(2, 1)
+    hello: dict[str, Any] = json.loads(source.readline())
+    processes.die_with_parent(hello["parent"])
+    return hello, answers
 
 
 def _read_line(descriptor: int, timeout_s: float) -> bytes:

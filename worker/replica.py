@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from worker import processes
+from worker.companion import greeted
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks vLLM makes room for (its MaxLoRARanks)."""
@@ -26,10 +26,7 @@ def serve(source: BinaryIO, out: BinaryIO) -> int:
     Frames out: `ready` with how many prompts it takes at once; `number` with the tokens of that prompt, or `error`;
     `failed` or `died` with what was raised, as the last.
     """
-    answers = os.fdopen(os.dup(out.fileno()), "wb")
-    os.dup2(2, 1)  # what vLLM prints goes to the log, not between the answers
-    hello = json.loads(source.readline())
-    processes.die_with_parent(hello["parent"])
+    hello, answers = greeted(source, out)
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     stage = "failed"

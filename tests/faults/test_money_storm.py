@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +23,6 @@ _USE_S = 600.0
 _CHUNK = 500
 _LONG = 110
 """Effects of a journey."""
-_MEMORY = Path("/dev/shm")
 _WELL_MIN, _WELL_SHARE = 3, 0.8
 """How many launches without trouble 200 storms have at least, and which share of them ends with a machine ready."""
 CLOUDS = (("lambda",), ("vast",), ("lambda", "vast"))
@@ -54,15 +50,6 @@ OUTCOMES = {
 """How a launch ends, and how many instances it makes, where that is not a machine that is ready, and one."""
 NOT_ENDED = ("key refused", "key refused after the end was asked for", "end too slow", "pages of 404, end ignored")
 """Where one `gpu terminate` cannot succeed, and says so."""
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    """Where worlds are made: in memory where there is such a disk, since each run writes hundreds of files."""
-    folder = Path(tempfile.mkdtemp(prefix="gpu-storm-", dir=_MEMORY if _MEMORY.is_dir() else None))
-    with Stage(folder).set() as made:
-        yield made
-    shutil.rmtree(folder)
 
 
 def begun(stage: Stage, fault: str, seed: int = 1) -> tuple[World, Laptop]:

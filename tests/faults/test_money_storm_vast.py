@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from orchestrator import rentals
@@ -20,18 +15,8 @@ from tests.faults.money_storm import WAYS_OUT, Laptop
 from tests.faults.money_world import Stage, World
 
 ALONE = [name for name in VAST if name not in LAMBDA and name not in ("no-copy", "filter-ignored")]
-_MEMORY = Path("/dev/shm")
 _EVERY = 9
 _USE_S = 600.0
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
-    """Where worlds are made: in memory where there is such a disk."""
-    folder = Path(tempfile.mkdtemp(prefix="gpu-storm-", dir=_MEMORY if _MEMORY.is_dir() else None))
-    with Stage(folder).set() as made:
-        yield made
-    shutil.rmtree(folder)
 
 
 def begun(stage: Stage, *faults: str) -> tuple[World, Laptop]:

@@ -17,6 +17,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.runs import Run
 from tests.conftest import COUNTING
 from tests.faults.disk import PowerCut, RecordingOs, instead_of_os
+from worker import unpack
 
 Damage = Callable[[Path], object]
 DAMAGES = [
@@ -36,6 +37,14 @@ def store(tmp_path: Path) -> Path:
 
 def follow(run: Run) -> None:
     journey.go(run, lambda _frame, _data: None, lambda _: None)
+
+
+def test_both_sides_count_the_same_files(tmp_path: Path) -> None:
+    """What is sent as a snapshot and what is counted where it arrives have the same endings, each of them."""
+    assert agents._SUFFIXES == unpack._SUFFIXES
+    for suffix in (*agents._SUFFIXES, ".pyc", ".md"):
+        (tmp_path / f"file{suffix}").write_bytes(b"x")
+    assert {Path(name).suffix for name in unpack.present(str(tmp_path))} == set(agents._SUFFIXES)
 
 
 def test_a_snapshot_is_the_installed_code(store: Path) -> None:

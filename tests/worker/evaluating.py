@@ -65,11 +65,12 @@ def save_questions(path: Path, count: int) -> Path:
     return path
 
 
-def make(model: Path | str, dataset: Path, **params: Any) -> Run:
-    """A run of the job eval-gsm8k, its parameters as typed but for these, not started yet."""
-    job = spec.load(spec.CATALOG / "eval-gsm8k.toml")
+def make(model: Path | str, dataset: Path, of: str = "eval-gsm8k", **params: Any) -> Run:
+    """A run of that job, its parameters as typed but for these, not started yet."""
+    job = spec.load(spec.CATALOG / f"{of}.toml")
     settings = {"model": str(model), "dataset": str(dataset), "temperature": "0", "samples": "1", "top_p": "1"}
     settings |= {"max_new_tokens": "24", "dtype": "float32"}
+    settings = {name: value for name, value in settings.items() if name in job.parameters}
     values = job.fill(settings | {name: str(value) for name, value in params.items()})
     run_id = runs.new_run_id(job.name, None)
     document = {"schema": spec.SCHEMA, "run_id": run_id, "job": job.name, "story": job.story, "task": job.task}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import loaded, model, tokenizer, wrapped
+from tiny_models import loaded, model, tokenizer, watched, wrapped
 
 from worker.failures import ConfigFailure
 from worker.generators import Completion, Prompt, Sampling, hf
@@ -50,17 +50,6 @@ def reference(model: Any, prompt: Prompt, limit: int) -> list[int]:
     ids = torch.tensor([prompt.token_ids])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)
     return list(out[0, ids.shape[1] :].tolist())
-
-
-@contextmanager
-def watched(model: LoadedModel) -> Iterator[list[tuple[int, int]]]:
-    """Records rows and columns of the input of each forward pass."""
-    shapes: list[tuple[int, int]] = []
-    hook = model.model.register_forward_pre_hook(
-        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
-    )
-    yield shapes
-    hook.remove()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3", "gemma2", "gpt2", "bloom", "qwen3_next"])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
-from tests.worker.tiny_models import BUILDERS, loaded, model, wrapped
+from tests.worker.tiny_models import BUILDERS, loaded, model, watched, wrapped
 from worker.generators import Likelihood, Query
 from worker.generators.likelihood import SHARED_TOKENS, HfWeigher
 from worker.models import LoadedModel
@@ -60,17 +59,6 @@ def weighed(tiny: LoadedModel, asked: list[Query], batch_size: int) -> dict[str,
     pairs = list(HfWeigher(tiny, batch_size, MAX_LENGTH, note=[].append).weigh(asked))
     assert sorted(query.key for query, _ in pairs) == sorted(query.key for query in asked)
     return {query.key: found for query, found in pairs}
-
-
-@contextmanager
-def watched(tiny: LoadedModel) -> Iterator[list[tuple[int, int]]]:
-    """Records rows and columns of the input of each forward pass."""
-    shapes: list[tuple[int, int]] = []
-    hook = tiny.model.register_forward_pre_hook(
-        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
-    )
-    yield shapes
-    hook.remove()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,3 +114,14 @@ def wrapped(made: Any) -> LoadedModel:
 def loaded(kind: str) -> LoadedModel:
     """A float64 model shared by tests that leave it as it is."""
     return wrapped(model(kind))
+
+
+@contextmanager
+def watched(model: LoadedModel) -> Iterator[list[tuple[int, int]]]:
+    """Records rows and columns of the input of each forward pass."""
+    shapes: list[tuple[int, int]] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()

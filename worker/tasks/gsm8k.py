@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -82,14 +83,12 @@ def score(completion: str, target: str) -> Verdict:
 
     The target may be a whole reference solution. A target without a number cannot be scored numerically: None.
     """
-    reference = gold(target)
-    number = canonical_number(reference)
+    number, plain = _gold_forms(target)
     answers: dict[str, str | None] = {
         "numeric": canonical_number(completion),
         "strict": _strict_match(completion),
         "flexible": _flexible_extract(completion),
     }
-    plain = _without_ignored(reference)
     scores: dict[str, float | None] = {
         rule: float(answer is not None and _without_ignored(answer) == plain) for rule, answer in answers.items()
     }
@@ -100,6 +99,13 @@ def score(completion: str, target: str) -> Verdict:
 def gold(target: str) -> str:
     """The answer of a reference solution: what follows its last `####`; of any other text, the text itself."""
     return target.rpartition(_MARK)[2].strip()
+
+
+@functools.lru_cache(maxsize=1024)  # the samples of one problem, which come one after the other
+def _gold_forms(target: str) -> tuple[str | None, str]:
+    """The answer of a reference solution as a canonical number, and as lm-evaluation-harness compares it."""
+    reference = gold(target)
+    return canonical_number(reference), _without_ignored(reference)
 
 
 def canonical_number(text: str) -> str | None:
