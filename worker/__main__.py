@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,6 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+_SERVES = {
+    "rescore": ("rescore", "main"),
+    "rerank": ("reranker", "serve"),
+    "replica": ("replica", "serve"),
+    "grade": ("grading", "serve_grades"),
+    "confine": ("confinement", "main"),
+}
+"""Verbs that read what is asked from standard input and answer on standard output: module and function."""
 _STORE = ("have", "missing", "take", "adopt", "keep", "stage", "view", "project")
 
 
@@ -51,26 +60,14 @@ def main(words: list[str]) -> int:
         from worker import work
 
         return work.main(rest[0], int(rest[1])) if verb == "work" else work.check(sys.stdin.buffer, sys.stdout.buffer)
-    if verb == "rescore":
-        from worker import rescore
+    if verb == "verify":
+        from worker import verify
 
-        return rescore.main(sys.stdin.buffer, sys.stdout.buffer)
-    if verb == "rerank":
-        from worker import reranker
-
-        return reranker.serve(sys.stdin.buffer, sys.stdout.buffer)
-    if verb == "replica":
-        from worker import replica
-
-        return replica.serve(sys.stdin.buffer, sys.stdout.buffer)
-    if verb == "grade":
-        from worker import grading
-
-        return grading.serve_grades(sys.stdin.buffer, sys.stdout.buffer)
-    if verb == "confine":
-        from worker import confinement
-
-        return confinement.main(sys.stdin.buffer, sys.stdout.buffer)
+        return verify.main(rest[0], rest[1], sys.stdout.buffer)
+    if verb in _SERVES:
+        module, function = _SERVES[verb]
+        code: int = getattr(importlib.import_module(f"worker.{module}"), function)(sys.stdin.buffer, sys.stdout.buffer)
+        return code
     raise SystemExit(f"unknown verb {verb!r}")
 
 

@@ -72,20 +72,24 @@ def _rank(example_id: str) -> bytes:
 
 def shots(params: dict[str, Any], task: Task) -> Shots:
     """The worked examples a job asks for; raises ConfigFailure when there is no telling where they are."""
+    records = shot_records(params, task)
+    pool = _examples(task, records, params) if records else []
+    return Shots(pool, params.get("shots") or 0, task.KIND == CHOOSES)
+
+
+def shot_records(params: dict[str, Any], task: Task) -> sources.Records | None:
+    """The records that worked examples come from, None where none are asked for; raises ConfigFailure."""
     count = params.get("shots") or 0
-    by_subject = task.KIND == CHOOSES
     if not count:
-        return Shots([], 0, by_subject)
+        return None
     if params.get("shots_dataset"):
-        source = sources.Source(params["shots_dataset"], task.SHOTS_SPLIT, columns=task.COLUMNS)
-    elif sources.is_path(params["dataset"]) and not sources.has_split(params["dataset"], task.SHOTS_SPLIT):
+        return sources.load(sources.Source(params["shots_dataset"], task.SHOTS_SPLIT, columns=task.COLUMNS))
+    if sources.is_path(params["dataset"]) and not sources.has_split(params["dataset"], task.SHOTS_SPLIT):
         raise ConfigFailure(
             f"shots={count} needs worked examples, and {params['dataset']} has no split {task.SHOTS_SPLIT}.",
             f"Say where they are: --set shots_dataset={task.SHOTS_SPLIT}.jsonl, or do without: --set shots=0",
         )
-    else:
-        source = _source(params, task, task.SHOTS_SPLIT)
-    return Shots(_examples(task, sources.load(source), params), count, by_subject)
+    return sources.load(_source(params, task, task.SHOTS_SPLIT))
 
 
 def _source(params: dict[str, Any], task: Task, split: str) -> sources.Source:

@@ -36,6 +36,7 @@ _COMMANDS = {
     "compare": ("compare", "Runs side by side, on the same examples"),
     "journal": ("journal", "Every run in one table, with notes and commands"),
     "note": ("journal", "Write something about a run"),
+    "verify": ("verify", "A model beside lm-evaluation-harness, item by item"),
     "rescore": ("results", "Score existing completions again, without a model"),
     "ssh": ("machines", "A shell on a machine"),
     "setup-ssh": ("house", "Let ssh, scp and editors reach machines by name"),

@@ -31,7 +31,7 @@ _AFTERWARDS = ("terminate", "keep_on_failure")
 _WISH = ("machine", "take_over", "queue", "new_code")
 
 
-def _pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
+def pairs(_ctx: click.Context, _param: click.Parameter, words: tuple[str, ...]) -> dict[str, str]:
     """Each `key=value` word as key and text (what follows the first `=`); the last word of a key counts."""
     pairs = [word.partition("=") for word in words]
     for key, separator, text in pairs:
@@ -53,7 +53,7 @@ class Command(click.Command):
 @click.command(cls=Command)
 @click.argument("name", metavar="[JOB | -- COMMAND…]", required=False, shell_complete=completion.job)
 @click.option("--on", "machine", multiple=True, shell_complete=completion.machine, help=sharing.ON)
-@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=_pairs, help=_SETTING)
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, callback=pairs, help=_SETTING)
 @click.option("--limit", type=click.IntRange(min=1), help="Take the first N examples only.")
 @click.option("--need", "needs", metavar="PATH", multiple=True, help="A file or folder that travels in any case.")
 @click.option("--out", "outs", metavar="GLOB", multiple=True, help="Files that a command makes, to be brought home.")

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tests.worker.tiny_models import SIZES, SPECIAL_TOKENS
-from worker import problems
-
-LM_EVAL = """
-import importlib.metadata, json, sys
-import lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-
-assert importlib.metadata.version("lm_eval") == "0.4.13", importlib.metadata.version("lm_eval")
-asked = json.load(open(sys.argv[1]))
-model = HFLM(pretrained=asked["model"], dtype="float32", device="cpu", batch_size=asked["batch_size"])
-manager = TaskManager(include_path=asked["tasks_folder"])
-found = lm_eval.simple_evaluate(
-    model, tasks=list(asked["tasks"]), num_fewshot=asked["shots"], task_manager=manager, log_samples=True,
-    bootstrap_iters=0,
-)
-keep = {name: [{"doc": s["doc"], "arguments": s["arguments"], "resps": s["filtered_resps"],
-                **{m: s[m] for m in ("acc", "acc_norm", "acc_bytes", "word_perplexity", "byte_perplexity") if m in s}}
-               for s in sorted(samples, key=lambda s: s["doc_id"])]
-        for name, samples in found["samples"].items()}
-json.dump({"samples": keep, "results": {n: {k: v for k, v in r.items() if not callable(v)}
-                                        for n, r in found["results"].items()}},
-          open(sys.argv[2], "w"), default=str)
-"""
-"""Reads what to do from one file, writes items and results to another."""
+from worker import harness, problems
+from worker.harness import HarnessTask
 
 
 def python() -> str:
@@ -75,39 +51,15 @@ def make_model(folder: Path, *, adds_bos: bool) -> Path:
     return folder
 
 
-def task(folder: Path, name: str, include: str, data: dict[str, Path], **more: Any) -> None:
-    """A task of lm-eval's own that reads local files: the installed YAML, with another name and dataset."""
-    files = {split: str(path) for split, path in data.items()}
-    lines = [f"include: {include}", f"task: {name}", "dataset_path: json", "dataset_name: null", "tag: null"]
-    lines += [f"dataset_kwargs: {json.dumps({'data_files': files})}"]
-    lines += [f"{key}: {json.dumps(value)}" for key, value in more.items()]
-    (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def task(name: str, include: str, files: dict[str, Path], **settings: Any) -> HarnessTask:
+    """A task of lm-eval's own over local files, by split."""
+    return HarnessTask(name, include, {split: str(path) for split, path in files.items()}, settings)
 
 
-def installed(path: str) -> str:
-    """Where the harness keeps a file of its tasks."""
-    code = "import lm_eval, pathlib; print(pathlib.Path(lm_eval.__file__).parent / 'tasks')"
-    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    return f"{done.stdout.strip()}/{path}"
-
-
-def evaluate(folder: Path, model: Path, tasks: list[str], shots: int | None = None, batch_size: int = 4) -> Any:
+def evaluate(folder: Path, model: Path, tasks: list[HarnessTask], shots: int | None = None) -> Any:
     """Items by task, and results, as the harness finds them."""
-    asked, found = folder / "asked.json", folder / "found.json"
-    order = {"model": str(model), "tasks": tasks, "tasks_folder": str(folder), "shots": shots, "batch_size": batch_size}
-    asked.write_text(json.dumps(order), encoding="utf-8")
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(folder / "hf"),
-        "PYTHONPATH": "",
-    }
-    done = subprocess.run(
-        [python(), "-c", LM_EVAL, str(asked), str(found)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(found.read_text(encoding="utf-8"))
+    made_with = {"pretrained": str(model), "dtype": "float32", "device": "cpu", "batch_size": 4}
+    return harness.evaluate(python(), folder, made_with, tasks, shots)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

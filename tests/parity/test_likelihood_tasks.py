@@ -17,7 +17,7 @@ import pytest
 from jobs import perplexities, rows, spec
 from tests.conftest import DATA
 from tests.parity import likelihoods
-from worker import engines, evaluate, plan, problems
+from worker import agreement, engines, evaluate, plan, problems
 from worker.tasks import perplexity
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -48,14 +48,8 @@ def compare(made: list[rows.Row], theirs: list[dict[str, Any]], rules: tuple[str
     """Every prompt equal, every log-likelihood within LOGLIK, every item's score by every rule the same."""
     assert len(made) == len(theirs)
     for row, item in zip(made, theirs, strict=True):
-        arguments = item["arguments"]
-        asked = arguments.values() if isinstance(arguments, dict) else arguments
-        said = [list(each.values()) if isinstance(each, dict) else each for each in asked]
-        assert [one[0] for one in said] == [row["prompt"]] * len(row["logliks"])
-        assert [one[1] for one in said] == [f" {choice}" for choice in row["choices"]]
-        logliks = [float(response[0]) for response in item["resps"]]
-        assert row["logliks"] == pytest.approx(logliks, abs=LOGLIK)
-        assert [row["scores"][rule] for rule in rules] == [float(item[rule]) for rule in rules]
+        found = agreement.chosen(row, item, rules, LOGLIK)
+        assert all(found.same.values()), found
 
 
 def arc_rows() -> list[dict[str, Any]]:
@@ -101,10 +95,11 @@ def test_arc_and_hellaswag_agree(tmp_path: Path, adds_bos: bool) -> None:
     scenes[4]["ctx_a"] = "another long way " * 130
     hellaswag = likelihoods.write(tmp_path / "hellaswag.jsonl", scenes)
     nothing = {"training_split": None, "validation_split": None, "test_split": "test"}
-    task, installed = likelihoods.task, likelihoods.installed
-    task(tmp_path, "arc_local", installed("arc/arc_challenge.yaml"), {"test": arc}, **nothing)
-    task(tmp_path, "hellaswag_local", installed("hellaswag/hellaswag.yaml"), {"test": hellaswag}, **nothing)
-    theirs = likelihoods.evaluate(tmp_path, model, ["arc_local", "hellaswag_local"])["samples"]
+    tasks = [
+        likelihoods.task("arc_local", "arc/arc_challenge.yaml", {"test": arc}, **nothing),
+        likelihoods.task("hellaswag_local", "hellaswag/hellaswag.yaml", {"test": hellaswag}, **nothing),
+    ]
+    theirs = likelihoods.evaluate(tmp_path, model, tasks)["items"]
     compare(ours("eval-arc", model, dataset=arc), theirs["arc_local"])
     made = ours("eval-hellaswag", model, dataset=hellaswag)
     compare(made, theirs["hellaswag_local"])
@@ -117,20 +112,20 @@ def test_mmlu_agrees(tmp_path: Path, adds_bos: bool, shots: int) -> None:
     """Prompts with description and shots in order, log-likelihoods and acc of every item are the reference's."""
     model = likelihoods.make_model(tmp_path / "model", adds_bos=adds_bos)
     subjects = ("anatomy", "high_school_us_history")
-    names = []
+    names, tasks = [], []
     for subject in subjects:
         data = {
             split: likelihoods.write(tmp_path / f"{subject}_{split}.jsonl", mmlu_rows(split, subject, ITEMS // 2))
             for split in ("dev", "test")
         }
         names.append(f"mmlu_{subject}_local")
-        include = likelihoods.installed(f"mmlu/default/mmlu_{subject}.yaml")
-        likelihoods.task(tmp_path, names[-1], include, data, task_alias=names[-1])
-    theirs = likelihoods.evaluate(tmp_path, model, names, shots=shots)
+        include = f"mmlu/default/mmlu_{subject}.yaml"
+        tasks.append(likelihoods.task(names[-1], include, data, task_alias=names[-1]))
+    theirs = likelihoods.evaluate(tmp_path, model, tasks, shots=shots)
     for subject, name in zip(subjects, names, strict=True):
         dataset, dev = (tmp_path / f"{subject}_{split}.jsonl" for split in ("test", "dev"))
         made = ours("eval-mmlu", model, dataset=dataset, shots_dataset=dev, shots=shots)
-        compare(made, theirs["samples"][name], ("acc",))
+        compare(made, theirs["items"][name], ("acc",))
         accuracy = sum(row["scores"]["acc"] for row in made) / len(made)
         assert accuracy == pytest.approx(theirs["results"][name]["acc,none"])
 
@@ -144,21 +139,15 @@ def test_perplexity_agrees(tmp_path: Path, adds_bos: bool) -> None:
     pages = [f' = Page = \n Bob \'s ( 1 @,@ 000 ) " {text} " . \n ' for text in texts]
     pages.append("one two " * 256)
     data = likelihoods.write(tmp_path / "pages.jsonl", [{"page": page} for page in pages])
-    likelihoods.task(
-        tmp_path,
-        "ppl_local",
-        likelihoods.installed("wikitext/wikitext.yaml"),
-        {"test": data},
-        training_split=None,
-        validation_split=None,
-    )
-    theirs = likelihoods.evaluate(tmp_path, model, ["ppl_local"])
+    nothing = {"training_split": None, "validation_split": None}
+    reading = likelihoods.task("ppl_local", "wikitext/wikitext.yaml", {"test": data}, **nothing)
+    theirs = likelihoods.evaluate(tmp_path, model, [reading])
     made = ours("eval-perplexity", model, dataset=data)
-    for row, page, item in zip(made, pages, theirs["samples"]["ppl_local"], strict=True):
+    for row, page, item in zip(made, pages, theirs["items"]["ppl_local"], strict=True):
         assert row["prompt"] == perplexity.detokenised(page)
-        loglik, words = item["word_perplexity"]
+        loglik, words = item["scores"]["word_perplexity"]
         assert row["loglik"] == pytest.approx(loglik, rel=RELATIVE)
-        assert (row["words"], row["bytes"]) == (words, item["byte_perplexity"][1])
+        assert (row["words"], row["bytes"]) == (words, item["scores"]["byte_perplexity"][1])
     assert max(row["tokens"] for row in made) > 2 * 512
     found = perplexities.entries([reading for row in made if (reading := perplexities.reading(row))], lambda _: 2.0)
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
