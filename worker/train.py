@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, times
-from worker import batches, checkpoints, curriculum, facts, lora, resolve
+from worker import batches, checkpoints, curriculum, facts, lora, merging, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
 from worker.failures import Diverged, NothingLearned, OutOfMemory
@@ -61,6 +61,8 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     prepared = curriculum.prepare(job, run, progress.phase)
     curriculum.show(prepared, say)
     resolve.keep(run, prepared.resolved())
+    if prepared.params["merge"]:
+        merging.check(run, prepared)
     adapter = run.folder / ADAPTER
     if not (adapter / rundir.MANIFEST).is_file() or rundir.damage(adapter) is not None:
         progress.phase("loading the model")
@@ -76,6 +78,9 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
                     out.sync()
                     training.save()
         training.finish()
+    if prepared.params["merge"]:
+        progress.phase("merging")
+        merging.merge(run, prepared, say)
     checkpoints.retire(run, 0)
     progress.phase("done")
 
