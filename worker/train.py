@@ -65,10 +65,11 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
         merging.check(run, prepared)
     adapter = run.folder / ADAPTER
     if not (adapter / rundir.MANIFEST).is_file() or rundir.damage(adapter) is not None:
+        verified = _verified(run, prepared, progress)
         progress.phase("loading the model")
         training = Training(run, prepared, lora.load(prepared.request, prepared.settings))
         training.begin()
-        durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now()})
+        durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now(), **verified})
         progress.phase("training")
         with rows.Appender(attempt.steps) as out:
             for line in training.steps():
@@ -83,6 +84,16 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
         merging.merge(run, prepared, say)
     checkpoints.retire(run, 0)
     progress.phase("done")
+
+
+def _verified(run: rundir.Run, prepared: Prepared, progress: Progress) -> dict[str, Any]:
+    """Where it is asked for and nothing is trained yet: what trying out a resume came to, for env.json."""
+    if not prepared.params["verify_resume"] or run.checkpoints():
+        return {}
+    from worker import proof  # which trains, by this module
+
+    progress.phase("verifying that a resume is exact")
+    return {"verify_resume": proof.prove(run, prepared, say)}
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:
