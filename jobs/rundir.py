@@ -17,7 +17,7 @@ _CHUNK_BYTES = 1 << 20
 _SAFE = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]{0,127}")
 _ATTEMPT = re.compile(r"[0-9]{4}")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})(?:\.([0-9]{1,6}))?")
-_FOLDER = re.compile(rf"model|adapter|{_CHECKPOINT.pattern}")
+_FOLDER = re.compile(rf"model|adapter|merged|{_CHECKPOINT.pattern}")
 
 GROWING = ("rows.jsonl", "noise.jsonl", "selections.jsonl", "steps.jsonl", "log.txt", "server.log")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
@@ -269,7 +269,7 @@ class Run:
 
     def folders(self) -> Iterator[Path]:
         """The finished folders of weights in this run; of checkpoints the newest, which stands for the others."""
-        for path in (self.folder / "adapter", self.folder / "model", *self.checkpoints()[-1:]):
+        for path in (*(self.folder / name for name in ("adapter", "merged", "model")), *self.checkpoints()[-1:]):
             if (path / MANIFEST).is_file():
                 yield path
 
@@ -321,6 +321,7 @@ class Home:
         self.frozen = folder / "frozen.json"  # of a baseline that is done, once: digests of what it has made
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
         self.adapter = folder / "adapter"  # what a training made, as its user sees it
+        self.merged = folder / "merged"  # the same as a whole model
         self.out = folder / OUT  # the files a command brought home, as its user sees them
         self.parts = folder / "parts"  # of a run that several machines share: a run folder for each share
         self.shared = Run(folder / "shared")  # what its first machine resolved, and all others start with

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
-from jobs import rows
+from jobs import durable, rows
 from orchestrator.runs import Run
 
 CURVE_POINTS = 300
@@ -58,8 +58,16 @@ def summarise(run: Run) -> dict[str, Any]:
         "targets_per_second": round(targets / seconds, 2) if seconds else None,
         "curve": _thinned([[line["step"], line["loss"]] for line in lines]),
         "eval_curve": _thinned([[line["step"], line["eval_loss"]] for line in tested]),
+        "verify_resume": _verified(run),
         "adapter": str(run.home.adapter) if run.home.adapter.is_dir() else None,
+        "merged": str(run.home.merged) if run.home.merged.is_dir() else None,
     }
+
+
+def _verified(run: Run) -> dict[str, Any] | None:
+    """What trying out a resume came to, as the machine said; None where it was not asked for."""
+    found = [durable.load_news(each.env).get("verify_resume") for copy in run.home.copies() for each in copy.attempts()]
+    return next((one for one in found if isinstance(one, dict) and isinstance(one.get("words"), str)), None)
 
 
 def _best(tested: list[rows.Row]) -> dict[str, Any]:

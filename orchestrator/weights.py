@@ -19,8 +19,11 @@ def settle(home: rundir.Home, copy: rundir.Run, folder: Path, parts: Parts) -> N
     if rundir.damage(folder) is not None:
         return
     number = rundir.checkpoint_number(folder.name)
+    if folder.name == home.merged.name:
+        _show(home.merged, folder)
+        return
     if folder.name == home.adapter.name:
-        _show(home, folder)
+        _show(home.adapter, folder)
     elif number is None:
         return
     for path in copy.folder.glob("checkpoint-*"):
@@ -34,14 +37,18 @@ def mend(home: rundir.Home, copy: rundir.Run, parts: Parts) -> None:
     """Do what a process that died has left: more than one checkpoint here, or an adapter that is not shown."""
     if len(found := copy.checkpoints()) > 1:
         settle(home, copy, found[-1], parts)
-    adapter = copy.folder / home.adapter.name
-    if (adapter / rundir.MANIFEST).is_file() and not home.adapter.exists():
-        settle(home, copy, adapter, parts)
+    for shown in (home.adapter, home.merged):
+        folder = copy.folder / shown.name
+        if (folder / rundir.MANIFEST).is_file() and not shown.exists():
+            settle(home, copy, folder, parts)
 
 
 def is_owed(copy: rundir.Run, job: dict[str, Any], seal: rundir.Seal) -> bool:
-    """Whether a machine that is done with a training has not sent the adapter it made, whole."""
-    return job["story"] == "train" and seal.reason == "done" and rundir.damage(copy.folder / "adapter") is not None
+    """Whether a machine that is done with a training has not sent the adapter it made, or the merged model, whole."""
+    if job["story"] != "train" or seal.reason != "done":
+        return False
+    owed = ("adapter", "merged") if job["params"].get("merge") else ("adapter",)
+    return any(rundir.damage(copy.folder / name) is not None for name in owed)
 
 
 def to_send(home: rundir.Home) -> Path | None:
@@ -56,9 +63,9 @@ def to_send(home: rundir.Home) -> Path | None:
     return next((path for path in wanted if rundir.damage(path) is None), None)
 
 
-def _show(home: rundir.Home, folder: Path) -> None:
-    """Have the adapter in the run's own folder, too: the same files under a second name, or copies of them."""
-    staged = home.adapter.with_name(f".{home.adapter.name}.staged")
+def _show(shown: Path, folder: Path) -> None:
+    """Have a folder in the run's own folder, too: the same files under a second name, or copies of them."""
+    staged = shown.with_name(f".{shown.name}.staged")
     shutil.rmtree(staged, ignore_errors=True)
     durable.make_folder(staged)
     for path in rundir.weights(folder):
@@ -66,6 +73,6 @@ def _show(home: rundir.Home, folder: Path) -> None:
             os.link(path, staged / path.name)
         except OSError:  # not every disk has links
             shutil.copyfile(path, staged / path.name)
-    shutil.rmtree(home.adapter, ignore_errors=True)
-    staged.rename(home.adapter)
-    durable.sync_folder(home.folder)
+    shutil.rmtree(shown, ignore_errors=True)
+    staged.rename(shown)
+    durable.sync_folder(shown.parent)

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs import durable, locks, rundir
 from worker.failures import DiskFull
@@ -17,6 +18,8 @@ _SPARE_BYTES = 16 << 20
 """Left free on the disk beside a checkpoint, for the rows and the log of what comes next."""
 _STAGED, _GONE, _DAMAGED = ".staged", ".gone", ".damaged"
 Say = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]
+"""What a manifest says of each file."""
 
 
 def save(run: rundir.Run, name: str, files: Mapping[str, bytes]) -> Path:
@@ -24,20 +27,45 @@ def save(run: rundir.Run, name: str, files: Mapping[str, bytes]) -> Path:
 
     One that is there already and whole stays. Raises DiskFull, before anything is written where that can be seen.
     """
+
+    def write(staged: Path) -> Entries:
+        for file, data in files.items():
+            with durable.opened(staged / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                durable.write_all(descriptor, data)
+                durable.sync(descriptor)
+        return {file: rundir.entry_of(data) for file, data in files.items()}
+
+    return _appear(run, name, sum(map(len, files.values())), write)
+
+
+def save_folder(run: rundir.Run, name: str, size: int, fill: Callable[[Path], None]) -> Path:
+    """The same for a folder that `fill` writes files into, of about `size` bytes together."""
+
+    def write(staged: Path) -> Entries:
+        fill(staged)
+        return {path.name: _synced(path) for path in sorted(staged.iterdir())}
+
+    return _appear(run, name, size, write)
+
+
+def _synced(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file that somebody else wrote, once it is on the disk."""
+    with durable.opened(path, os.O_RDONLY) as descriptor:
+        durable.sync(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": rundir.file_sha256(path)}
+
+
+def _appear(run: rundir.Run, name: str, size: int, write: Callable[[Path], Entries]) -> Path:
+    """Have a folder with what `write` puts into it under its name, unless it is there and whole; see `save`."""
     folder = run.folder / name
     if (folder / rundir.MANIFEST).is_file() and rundir.damage(folder) is None:
         return folder
-    size = sum(map(len, files.values()))
     _make_room(run, name, size)
     staged = run.folder / f".{name}{_STAGED}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
         durable.make_folder(staged)
-        for file, data in files.items():
-            with durable.opened(staged / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-                durable.write_all(descriptor, data)
-                durable.sync(descriptor)
-        durable.save_json(staged / rundir.MANIFEST, {file: rundir.entry_of(data) for file, data in files.items()})
+        durable.save_json(staged / rundir.MANIFEST, write(staged))
         if folder.exists():
             _set_aside(folder, _DAMAGED)
         staged.rename(folder)

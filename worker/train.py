@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, times
-from worker import batches, checkpoints, curriculum, facts, lora, resolve
+from worker import batches, checkpoints, curriculum, facts, lora, merging, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
 from worker.failures import Diverged, NothingLearned, OutOfMemory
@@ -61,12 +61,15 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     prepared = curriculum.prepare(job, run, progress.phase)
     curriculum.show(prepared, say)
     resolve.keep(run, prepared.resolved())
+    if prepared.params["merge"]:
+        merging.check(run, prepared)
     adapter = run.folder / ADAPTER
     if not (adapter / rundir.MANIFEST).is_file() or rundir.damage(adapter) is not None:
+        verified = _verified(run, prepared, progress)
         progress.phase("loading the model")
         training = Training(run, prepared, lora.load(prepared.request, prepared.settings))
         training.begin()
-        durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now()})
+        durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now(), **verified})
         progress.phase("training")
         with rows.Appender(attempt.steps) as out:
             for line in training.steps():
@@ -76,8 +79,21 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
                     out.sync()
                     training.save()
         training.finish()
+    if prepared.params["merge"]:
+        progress.phase("merging")
+        merging.merge(run, prepared, say)
     checkpoints.retire(run, 0)
     progress.phase("done")
+
+
+def _verified(run: rundir.Run, prepared: Prepared, progress: Progress) -> dict[str, Any]:
+    """Where it is asked for and nothing is trained yet: what trying out a resume came to, for env.json."""
+    if not prepared.params["verify_resume"] or run.checkpoints():
+        return {}
+    from worker import proof  # which trains, by this module
+
+    progress.phase("verifying that a resume is exact")
+    return {"verify_resume": proof.prove(run, prepared, say)}
 
 
 def check(job: dict[str, Any]) -> dict[str, Any]:

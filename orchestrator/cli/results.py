@@ -125,6 +125,8 @@ def _show_training(run: Run, found: dict[str, Any]) -> None:
     if made.get("best_step"):
         early = ", which had not become better for as long as `patience` says" if made["stopped_early"] else ""
         click.echo(f"The adapter is that of step {made['best_step']}, the best on the rows held out{early}.\n")
+    if verified := made.get("verify_resume"):
+        click.echo(f"verify_resume: {plain(verified['words'])}\n")
     names = ("first_loss", "final_loss", "eval_loss", "tokens_per_second", "targets_per_second")
     output.columns(["TRAINING", "VALUE"], [[name, output.number(made[name])] for name in names])
     for warning in found["resolved"].get("warnings", []):
@@ -133,6 +135,8 @@ def _show_training(run: Run, found: dict[str, Any]) -> None:
     if made["adapter"]:
         model = plain(str(found["model"]))
         click.echo(f"Adapter: {made['adapter']}\nTry it:  --set model={model} --set adapter={made['adapter']}")
+    if made.get("merged"):
+        click.echo(f"Merged:  {made['merged']}  (a whole model: --set model={made['merged']})")
 
 
 def show_outs(run: Run) -> None:

@@ -83,7 +83,7 @@ def calm(**settings: object) -> tuple[list[tuple[Any, ...]], bytes]:
 
 def test_a_training_comes_home_and_its_adapter_is_put_to_use(trained: None) -> None:
     """Rows shown with targets, steps and losses at home, an adapter that an evaluation takes by its path."""
-    said = gpu(*words(steps=12, eval_rows=4, eval_every=6, patience=2))
+    said = gpu(*words(steps=12, eval_rows=4, eval_every=6, patience=2, merge="true", verify_resume="true"))
     run = next(runs.remembered())
     assert "12 of 12 steps" in said
     assert "2 rows are left out: no turn of the assistant" in said
@@ -93,9 +93,12 @@ def test_a_training_comes_home_and_its_adapter_is_put_to_use(trained: None) -> N
     assert summary["training"]["steps_done"] == summary["training"]["steps_total"] == 12
     assert len(summary["training"]["curve"]) == 12
     assert [step for step, _ in summary["training"]["eval_curve"]] == [6, 12]
+    assert summary["training"]["verify_resume"]["words"] == "resumed bit by bit the same"
+    assert rundir.damage(run.home.merged) is None
     losses = dict(summary["training"]["eval_curve"])
     assert losses[summary["training"]["best_step"]] == summary["training"]["best_eval_loss"] == min(losses.values())
     assert f"The adapter is that of step {summary['training']['best_step']}, the best" in gpu("report")
+    assert f"--set model={run.home.merged})" in gpu("report")
     assert "Loss" in run.home.report.read_text()
     document = json.loads(gpu("runs", "--json"))[0]
     assert (document["steps_done"], document["steps_total"], document["state"]) == (12, 12, "sealed")

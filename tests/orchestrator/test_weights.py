@@ -131,12 +131,18 @@ def test_a_finished_adapter_lies_in_the_run_s_own_folder(side: Side) -> None:
 
 def test_a_training_is_not_sealed_without_its_adapter(side: Side) -> None:
     """That it is done does not count as home before what it made is here, byte for byte."""
-    copy, job = side.home.machine(side.name), {"story": "train"}
+    copy, job = side.home.machine(side.name), {"story": "train", "params": {"merge": False}}
     seal = side.seal()
     assert weights.is_owed(copy, job, seal)
     checkpoints.save(side.run, "adapter", {"adapter_model.safetensors": LARGE})
     side.carry()
     assert not weights.is_owed(copy, job, seal)
+    merging = {"story": "train", "params": {"merge": True}}
+    assert weights.is_owed(copy, merging, seal)
+    checkpoints.save(side.run, "merged", {"model.safetensors": LARGE})
+    side.carry()
+    assert not weights.is_owed(copy, merging, seal)
+    assert (side.home.merged / "model.safetensors").read_bytes() == LARGE
     listed = json.loads((copy.folder / "adapter" / rundir.MANIFEST).read_text())
     (copy.folder / "adapter" / rundir.MANIFEST).write_text(json.dumps({**listed, "more": {"bytes": 1, "sha256": ""}}))
     assert weights.is_owed(copy, job, seal)
