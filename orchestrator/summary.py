@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import durable, metrics, rows, rundir
-from orchestrator import clock, runs, training
+from orchestrator import clock, runs, speeds, training
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
@@ -84,6 +84,7 @@ def count(run: Run) -> dict[str, Any]:
         "finished_at": run.record.finished_at,
         "machine": runs.machine_names(run),
         **({"training": training.summarise(run)} if job["story"] == "train" else {}),
+        **({"speed": speeds.summarise(run)} if job["story"] == "speed" else {}),
     }
 
 
