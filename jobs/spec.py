@@ -16,7 +16,7 @@ from jobs import suites
 
 SCHEMA = 1
 """Version of job.json."""
-STORIES = ("evaluate", "train", "command")
+STORIES = ("evaluate", "train", "speed", "command")
 """What a worker can do; each is a module of that name on the machine side."""
 ENVIRONMENTS = ("train", "serve", "none")
 """Environments a machine makes for jobs; `none` for commands that need no Python of ours."""

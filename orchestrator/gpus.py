@@ -24,6 +24,33 @@ NAMES = (
 """As Vast.ai's market spells them, seen there in 2025 and 2026. It lists only what is free, so that a name which stands
 in no offer may be a typo or may be rented out; this tells which. A name that is missing here costs a search more."""
 
+_PEAKS = {
+    2250.0: ("B200", "B300", "GB200"),
+    989.0: ("H100 SXM", "H200", "GH200"),
+    835.0: ("H100 NVL",),
+    756.0: ("H100 PCIE",),
+    504.0: ("RTX PRO 6000",),
+    364.0: ("RTX 6000ADA",),
+    362.0: ("L40S",),
+    312.0: ("A100", "A800"),
+    210.0: ("RTX 5090",),
+    181.0: ("L40",),
+    165.0: ("A30", "RTX 4090"),
+    155.0: ("RTX A6000",),
+    150.0: ("A40",),
+    125.0: ("A10",),
+    121.0: ("L4",),
+    111.0: ("RTX A5000",),
+    71.0: ("RTX 3090",),
+}
+"""Dense bfloat16 TFLOP/s with sums in float32, by NVIDIA's data sheets; of cards without bfloat16 none."""
+
+
+def peak_flops(name: str) -> float | None:
+    """A GPU's matrix products a second by its data sheet; None where that is not known."""
+    known = [(entry, peak) for peak, entries in _PEAKS.items() for entry in entries if is_called(name, None, entry)]
+    return max(known, key=lambda each: len(each[0]))[1] * 1e12 if known else None
+
 
 def words(text: str) -> list[str]:
     """A GPU's name as compared: `RTX_4090`, `rtx 4090` and `RTX4090` are the same."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import providers
-from orchestrator.errors import ConfigError, ProviderError, UsageError
+from orchestrator.errors import ConfigError, GpuError, ProviderError, UsageError
 from orchestrator.providers.base import Need, Offer, Provider
 
 if TYPE_CHECKING:  # offers are listed without it
@@ -48,6 +49,14 @@ def accounts(name: str | None) -> list[Provider]:
         names = providers.names()
         providers.open(names[0])  # says which key is missing, and where to get one
     return found
+
+
+def seen() -> list[Offer]:
+    """What is offered by the clouds with a key here, for a look only: nothing where there is none, or none answers."""
+    with contextlib.suppress(GpuError):
+        found = [account for name in providers.names() if (account := providers.open_if_any(name)) is not None]
+        return listed(found, Need()) if found else []
+    return []
 
 
 def clouds_of(rental: Rental) -> list[Provider]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs import durable, perplexities
-from orchestrator import pages, training
+from orchestrator import pages, speeds, training
 from orchestrator.pages import encode as _encode
 from orchestrator.pages import text as _text
 
@@ -296,6 +296,7 @@ def _view(summary: Json, intake: Intake, job: Json) -> dict[str, Any]:
     return {
         **_figures(summary, samples),
         "training": training.shown(summary.get("training")),
+        "speed": speeds.facts(summary.get("speed") or {}),
         "summary": defaultdict(lambda: None, summary),
         "job": defaultdict(lambda: None, job),
         "times": intake.times or (None, None),

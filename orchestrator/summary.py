@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import durable, flips, metrics, rows, rundir, suites
-from orchestrator import clock, frozen, runs, training
+from orchestrator import clock, frozen, runs, speeds, training
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
@@ -94,6 +94,7 @@ def count(run: Run) -> dict[str, Any]:
         "machine": runs.machine_names(run),
         **({"frozen": known} if (known := frozen.told(run.home)) else {}),
         **({"training": training.summarise(run)} if job["story"] == "train" else {}),
+        **({"speed": speeds.summarise(run)} if job["story"] == "speed" else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from worker.prompts import Renderer, context_length
 SHOWN_ROWS, SHOWN_REASONS = 3, 8
 LeftOuts = dict[str, list[int]]
 """The numbers of the rows that nothing can be learned from, counted from 1, by why."""
+_MADE_UP_MAX = 4096
+"""Rows of random tokens: with more, steps would not take another time."""
 _CHANGES = (
     *("steps", "epochs", "lr", "rank", "alpha", "dropout", "targets", "quantization", "optimizer", "max_length"),
     *("batch_size", "batch_tokens", "accumulation", "packing", "mix", "schedule", "warmup", "weight_decay", "clip"),
@@ -281,3 +284,46 @@ def show(prepared: Prepared, say: Say) -> None:
         f"{len(prepared.samples)} rows of {tokens} tokens, {targets} of them learned; {len(prepared.held)} rows held "
         f"out; {prepared.steps} steps of {prepared.accumulation} micro-batches"
     )
+
+
+def made_up(params: dict[str, Any], folder: Path) -> Prepared:
+    """A training on rows of random tokens, as many as its steps take; `folder` is the built-in model's, or its outline.
+
+    No tokenizer is needed: of a model on the Hub nothing is read but its configuration.
+    """
+    _check(params)
+    request = _request(params, folder if params["model"] == builtin.NAME else None, {})
+    config = models.load_config(request)
+    budget, length = _budget(params), params["row_tokens"] or min(params["max_length"], _budget(params).tokens)
+    _refuse_too_long(length, budget, context_length(config))
+    words, chance = config.get_text_config().vocab_size, Random(f"{params['seed']}/made up")  # noqa: S311
+    learned = max(1, min(length - 1, round(length * params["learned"])))
+    rows = params["steps"] * params["accumulation"] * (budget.rows or 1) * max(1, budget.tokens // length)
+    samples = [
+        Sample(number, array("q", chance.choices(range(words), k=length)), ((length - learned, length),))
+        for number in range(1, min(rows, _MADE_UP_MAX) + 1)
+    ]
+    return Prepared(
+        params=params,
+        request=request,
+        settings=lora.Settings.of(params),
+        tokenizer=None,
+        samples=samples,
+        held=[],
+        plan=Plan([length] * len(samples), budget, params["seed"]),
+        micros=None,
+        left_out={},
+        identity={
+            "story": "speed",
+            "model": params["model"],
+            "rows": length,
+            **{name: params[name] for name in _CHANGES},
+        },
+        device=str(models.choose_device(request.device)),
+    )
+
+
+def _refuse_too_long(length: int, budget: Budget, context: int | None) -> None:
+    most = min(budget.tokens, context or budget.tokens)
+    if not 2 <= length <= most:
+        raise ConfigFailure(f"Rows of {length} tokens: 2 to {most} have room.", f"--set row_tokens={most}")

@@ -66,7 +66,7 @@ class Learner:
     @property
     def pad_id(self) -> int:
         """What fills up short rows; never learned and never looked at, so any token will do."""
-        return int(self.tokenizer.pad_token_id or 0)
+        return int(getattr(self.tokenizer, "pad_token_id", None) or 0)
 
 
 def load(request: models.ModelRequest, settings: Settings) -> Learner:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from orchestrator import frozen, outs, rescoring, runs, summary
+from jobs.training_speed import ASSUMED
+from orchestrator import frozen, market, outs, rescoring, runs, speeds, summary
 from orchestrator.cli import cloud, completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -69,6 +70,9 @@ def rescore(what: str, task: str, completion: str, target: str, *, yes: bool, as
 def show(run: Run) -> None:
     """Print the headline numbers of a run and where its page is."""
     found = summary.current(run)
+    if "speed" in found:
+        _show_speed(run, found["speed"])
+        return
     if "training" in found:
         _show_training(run, found)
         return
@@ -113,6 +117,18 @@ def _show_blocks(found: dict[str, Any]) -> None:
         if lines:
             click.echo("")
             output.columns([title, "VALUE", "STDERR", "95 % INTERVAL"], lines)
+
+
+def _show_speed(run: Run, block: dict[str, Any]) -> None:
+    """Print how fast it was, and what the whole training would cost on what is offered, where a key is here."""
+    click.echo(f"\n{block['steps_done']} steps\n")
+    output.columns(["SPEED", "VALUE"], [list(pair) for pair in speeds.facts(block)])
+    if lines := speeds.priced(block, market.seen()):
+        click.echo("")
+        output.columns(["ON", "FITS", "HOURS", "USD"], lines)
+        how = "at this share of its data sheet's peak" if block["on_gpu"] else f"at {ASSUMED:.0%} of its peak, assumed"
+        click.echo(f"Each {how}; the cheapest offer of its kind.")
+    click.echo(f"\nReport:  {run.home.report}")
 
 
 def _show_training(run: Run, found: dict[str, Any]) -> None:
