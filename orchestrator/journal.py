@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jobs import durable
+from jobs import durable, suites
 from orchestrator import notes, pages, retyping, runs, summary
 from orchestrator.plain import plain
 from orchestrator.runs import Run
@@ -41,7 +41,7 @@ def _entry(run: Run) -> dict[str, Any]:
         "run_id": run.run_id,
         "created_at": record.created_at,
         "job": record.job,
-        "task": job.get("task"),
+        "task": job.get("task") or ", ".join(suites.tasks(job)) or None,
         **{name: _sound(params.get(name)) for name in ("dataset", "model", "adapter")},
         "state": record.state,
         "score": _score(found),
@@ -165,7 +165,7 @@ def result(entry: Json) -> str:
 
 
 def _parts(categories: Sequence[Json], most: int | None) -> str:
-    said = [f"{each['name'].partition('/')[2]} {_number(each['value'])}" for each in categories[:most]]
+    said = [f"{each['name'].partition('/')[2] or each['name']} {_number(each['value'])}" for each in categories[:most]]
     left = len(categories) - len(said)
     return ", ".join(said) + (f" and {left} more" if left else "")
 

@@ -54,6 +54,16 @@ def test_a_training_shows_its_losses() -> None:
     assert journal.result(entry) == "loss 2.5000 to 1.2500, held out 1.5000"
 
 
+def test_a_run_of_several_tasks_shows_a_number_of_each() -> None:
+    """Its tasks are named, and what each is known by stands beside its name."""
+    acc = {"value": 0.25, "stderr": 0.1, "ci95": [0.1, 0.4], "n": 30}
+    parts = {"mmlu": {"headline": "acc", "metrics": {"acc": acc}}, "gsm8k": {"headline": "numeric", "metrics": {}}}
+    keeping.ended(keeping.begun(job="baseline"), metrics={"mmlu/acc": acc}, resolved={}, parts=parts)
+    (line,) = table(journal.markdown(journal.read()))[2:]
+    assert line[3] == "mmlu, hellaswag, gsm8k, perplexity, generation"
+    assert line[8:10] == ["", "mmlu acc 0.250"]
+
+
 def test_no_text_breaks_the_table_or_becomes_markup() -> None:
     """A note with pipes, lines, escapes and mark-up is one cell, shown as written; nothing of it acts anywhere."""
     run = keeping.ended(keeping.begun({"dataset": "generated"}))
