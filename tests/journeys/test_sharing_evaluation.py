@@ -77,6 +77,29 @@ def test_two_machines_evaluate_as_one(ready: Callable[[str], Sshd]) -> None:
 
 
 @pytest.mark.slow
+def test_two_machines_make_a_baseline_as_one(ready: Callable[[str], Sshd]) -> None:
+    """Five parts divided among two machines: every row once, the numbers and the noise of one machine, and frozen."""
+    for name in ("a", "b"):
+        ready(name)
+    words = ("baseline", "--set", "dtype=float64", "--set", "device=cpu", "--set", "noise=3", "--limit", "4")
+    done = gpu("run", *words, "--on", "a", "--on", "b", timeout=280)
+    assert done.returncode == 0, done.stderr
+    run = runs.find(None)
+    calm = gpu("run", *words, "--on", "local", "-q", timeout=280)
+    assert calm.returncode == 0, calm.stderr
+    one = runs.find(calm.stdout.split()[0])
+    found, whole = (json.loads(each.home.summary.read_text()) for each in (run, one))
+    assert len(runs.shares(run)) == 2
+    assert [rows.index(each.home.rows).good for each in (run, one)] == [20, 20]
+    assert {row["key"] for row in rows.read([run.home.rows])} == {row["key"] for row in rows.read([one.home.rows])}
+    assert found["fingerprint"] == whole["fingerprint"]
+    for name, entry in whole["metrics"].items():
+        assert found["metrics"][name]["value"] == pytest.approx(entry["value"]), name
+    assert found["noise"]["n"] == whole["noise"]["n"] == 15
+    assert found["frozen"]["changed"] == []
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("lost", list(itertools.combinations(range(4), 2)), ids=str)
 def test_four_machines_evaluate_as_one_any_two_of_them_lost(
