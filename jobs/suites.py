@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,11 @@ def task_of(key: object) -> str:
 def name_in(part: Mapping[str, Any], name: str) -> str:
     """What a parameter of a part is called by who sets it: `gsm8k.samples`; of a job without parts its own name."""
     return str(part.get("part_takes", {}).get(name, name))
+
+
+def renamed(part: Mapping[str, Any], words: str) -> str:
+    """Words about a part in which each `parameter=…` is called by its name in the job."""
+    return re.sub(r"\b([a-z_]+)(?==)", lambda found: name_in(part, found[1]), words)
 
 
 def identity(known: Mapping[str, Any], task: str) -> dict[str, Any]:

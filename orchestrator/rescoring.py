@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import spec
+from jobs import spec, suites
 from orchestrator import agents, runs
 from orchestrator.errors import ConfigError, UsageError
 
@@ -31,7 +31,7 @@ def rescore(what: str, fields: Fields, agree: Callable[[str], None]) -> dict[str
 
     Where programs that a model wrote would run here, `agree` is asked first; it raises when the answer is no.
     """
-    request = {**asdict(fields), "path": str(_rows_of(what).absolute())}
+    request = {**asdict(fields), **_rows_of(what, fields.task)}
     answer = _ask(request)
     if answer.get("failed", {}).get("kind") == "consent":
         agree(f"{answer['failed']['message']} Run them?")
@@ -52,9 +52,14 @@ def _ask(request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _rows_of(what: str) -> Path:
+def _rows_of(what: str, task: str) -> dict[str, Any]:
+    """The file of rows that is meant; of a run of several parts only the task's `own` rows."""
     if Path(what).is_file():
-        return Path(what)
+        return {"path": str(Path(what).absolute())}
     if what.endswith(".jsonl"):
         raise UsageError(f"There is no file {what}.", "Give the path of a file of JSON lines, or a run.")
-    return runs.find(what).home.rows
+    run = runs.find(what)
+    parts = suites.tasks(run.job())
+    if parts and task not in parts:
+        raise UsageError(f"{run.run_id} has no part {task!r}: {spec.nearest(task, parts)}")
+    return {"path": str(run.home.rows.absolute()), "own": bool(parts)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,11 +93,13 @@ def refuse_bad_prompts(parts: Sequence[Prepared], say: Say) -> None:
         first_prompt, findings = part.asked.first_prompt, part.asked.findings
         say(f"{part.title}The first prompt:\n{first_prompt}")
         for finding in findings:
-            say(f"{part.title}{finding.level}: {finding.message} {finding.hint}")
+            say(f"{part.title}{finding.level}: {finding.message} {suites.renamed(part.job, finding.hint)}")
         errors = [finding for finding in findings if finding.level == "error"]
         if errors:
             message = " ".join(finding.message for finding in errors)
-            raise ConfigFailure(f"{part.title}{message} The first prompt:\n{first_prompt}", errors[0].hint)
+            raise ConfigFailure(
+                f"{part.title}{message} The first prompt:\n{first_prompt}", suites.renamed(part.job, errors[0].hint)
+            )
 
 
 def described(parts: Sequence[Prepared]) -> dict[str, Any]:
@@ -110,7 +111,11 @@ def described(parts: Sequence[Prepared]) -> dict[str, Any]:
         "tokens_in": {"max": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
         "first_prompt": "\n\n".join(f"{part.title}{part.asked.first_prompt}" for part in parts),
         "findings": [
-            {**finding.__dict__, "message": part.title + finding.message}
+            {
+                **finding.__dict__,
+                "message": part.title + finding.message,
+                "hint": suites.renamed(part.job, finding.hint),
+            }
             for part in parts
             for finding in part.asked.findings
         ],
@@ -178,11 +183,9 @@ def _said_of(part: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except ConfigFailure as failure:
-        takes = part.get("part_takes")
-        if takes is None:
+        if "part_takes" not in part:
             raise
-        hint = re.sub(r"\b([a-z_]+)(?==)", lambda name: takes.get(name[1], name[1]), failure.hint)
-        raise ConfigFailure(f"{part['task']}: {failure.message}", hint) from failure
+        raise ConfigFailure(f"{part['task']}: {failure.message}", suites.renamed(part, failure.hint)) from failure
 
 
 def _renderer(engine: str, request: models.ModelRequest, chat_template: str) -> tuple[prompts.Renderer, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from jobs import spec
+from jobs import spec, suites
 from worker import tasks
 from worker.failures import BadRecord, ConfigFailure
 from worker.tasks import Generates, Reply, Task, choosing
@@ -29,6 +29,8 @@ class Request:
     target: str
     allow: bool = False
     """Whether what the model wrote may be run, by a task that does so."""
+    own: bool = False
+    """Whether only rows of the task are scored, as their keys have it: the file holds those of several."""
 
 
 @dataclass
@@ -78,7 +80,7 @@ class NotAllowed(ConfigFailure):
 
 
 def main(stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Read `{task, path, completion, target, allow}`, write what `gpu rescore --json` promises; returns the exit code.
+    """Read the request (see `Request`), write what `gpu rescore --json` promises; returns the exit code.
 
     What cannot be scored gives `{"failed": {"kind", "message", "hint"}}` instead, and a code other than 0. Indexes
     count the file's rows from 0; messages count its lines from 1.
@@ -102,7 +104,7 @@ def _request(data: bytes) -> Request:
     try:
         asked = json.loads(data)
         texts = {name: str(asked[name]) for name in ("task", "path", "completion", "target")}
-        return Request(**texts, allow=asked.get("allow") is True)
+        return Request(**texts, allow=asked.get("allow") is True, own=asked.get("own") is True)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigFailure(f"The request to rescore cannot be read: {error!r}.") from error
 
@@ -158,19 +160,21 @@ def _chosen(request: Request, number: int, row: dict[str, Any]) -> tasks.Verdict
 def _scored(request: Request, task: Task) -> _Tally:
     tally = _Tally(tuple(task.RULES))
     answered = "logliks" if task.KIND == tasks.CHOOSES else request.completion
-    index = 0
+    index = -1
     for number, line in _lines(request.path):
         row = _row(request.path, number, line)
         if row is None:
             tally.ignored_last_line = True
+            continue
+        index += 1
+        if request.own and suites.task_of(row.get("key")) != request.task:
             continue
         tally.replace(row.get("key"))
         if row.get("error") is not None and row.get(answered) is None:
             tally.add_failed(index, row.get("key"))
         else:
             tally.add(index, _verdict(request, task, number, row))
-        index += 1
-    if index == 0:
+    if not tally.scores:
         cut = " Its only line is not JSON." if tally.ignored_last_line else ""
         raise ConfigFailure(f"{request.path} has no rows to score.{cut}")
     return tally

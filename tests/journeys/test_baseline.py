@@ -33,6 +33,10 @@ def test_a_baseline_is_made_without_a_network_and_kept(trained: None) -> None:
     }
     assert "Mmlu/acc" in run.home.report.read_text()
 
+    again = document("rescore", run.run_id, "--task", "gsm8k")
+    assert (again["n"], again["rules"]["numeric"]["scored"]) == (4, 4)
+    assert "has no part" in gpu("rescore", run.run_id, "--task", "arc").stderr
+
     assert summed["frozen"]["changed"] == []
     kept = run.home.rows.read_bytes()
     for path in (run.home.rows, run.home.frozen):
