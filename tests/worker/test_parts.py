@@ -159,7 +159,9 @@ def test_shares_of_parts_are_the_whole(suite: Of, tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_part_is_said_of_it(suite: Of, tmp_path: Path) -> None:
     """A dataset that cannot be read is named with its part, and so is the parameter that would mend it."""
-    Path("scenes.jsonl").write_text('{"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c"], "label": ""}')
+    Path("scenes.jsonl").write_text(
+        '{"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": ""}'
+    )
     with pytest.raises(ConfigFailure, match=r"^hellaswag: .*row 1 has no label") as failure:
         plan.rehearse(suite(**{"hellaswag.dataset": "scenes.jsonl"}), tmp_path, print)
     assert failure.value.hint == "--set hellaswag.split=validation"
