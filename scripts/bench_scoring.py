@@ -22,7 +22,7 @@ from worker import tiny
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3
 JOBS = {
-    "eval-humaneval": ["--limit", "10", "--set", "samples=4", "--set", "batch_size=4", "--set", "max_new_tokens=192"],
+    "eval-humaneval": ["--limit", "10", "--set", "samples=10", "--set", "batch_size=4", "--set", "max_new_tokens=192"],
     "eval-math": ["--limit", "60", "--set", "samples=2", "--set", "batch_size=4", "--set", "max_new_tokens=192"],
 }
 IN_TURN = """
