@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import rows
 from tests.waiting import until
+from tests.worker import evaluating
 from worker import scoring
 from worker.companion import Companion
 from worker.failures import EngineDied
+from worker.generators import Prompt, Sampling
+from worker.generators.hf import HfGenerator
 from worker.scoring import ROOM, Scoring, at_once
+from worker.tasks import Verdict, gsm8k
 
 
 def row_of(number: int) -> rows.Row:
@@ -189,3 +194,41 @@ def test_a_companion_is_started_again_by_another_thread() -> None:
     assert not companion.is_there
     assert [companion.ask(question, 60.0)] == found
     companion.end()
+
+
+def test_the_engine_goes_on_while_a_rule_takes_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In an evaluation nothing is scored before the engine has made every text; all rows are there all the same."""
+    has_ended, generate, score = threading.Event(), HfGenerator.generate, gsm8k.score
+
+    def to_the_end(self: HfGenerator, prompts: Iterable[Prompt], sampling: Sampling) -> Iterator[Any]:
+        yield from generate(self, prompts, sampling)
+        has_ended.set()
+
+    def after_it(completion: str, target: str) -> Verdict:
+        assert has_ended.wait(30), "the engine waits for the rule"
+        return score(completion, target)
+
+    monkeypatch.setattr(HfGenerator, "generate", to_the_end)
+    monkeypatch.setattr(gsm8k, "score", after_it)
+    questions = evaluating.save_questions(tmp_path / "questions.jsonl", 12)
+    run = evaluating.done_here(evaluating.make(evaluating.save_model(tmp_path / "tiny"), questions))
+    assert sum(row["error"] is None for row in evaluating.made(run).values()) == 12
+
+
+def test_a_rule_that_fails_fails_the_run_and_keeps_the_rows_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bug in a rule ends the evaluation with its own words; rows that were scored before it are on the disk."""
+    score, count = gsm8k.score, iter(range(100))
+
+    def broken(completion: str, target: str) -> Verdict:
+        if next(count) == 5:
+            raise KeyError("a bug")
+        return score(completion, target)
+
+    monkeypatch.setattr(gsm8k, "score", broken)
+    questions = evaluating.save_questions(tmp_path / "questions.jsonl", 12)
+    run = evaluating.make(evaluating.save_model(tmp_path / "tiny"), questions)
+    with pytest.raises(KeyError, match="a bug"):
+        evaluating.done_here(run)
+    assert len(evaluating.made(run)) == 5
