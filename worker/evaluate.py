@@ -101,7 +101,9 @@ def keep(
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says: findings about the prompts and how many rows would be made. No model is loaded."""
     with tempfile.TemporaryDirectory() as scratch:
-        return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
+        prepared = plan.rehearse(job, Path(scratch), lambda _: None)
+    generates = prepared.asked.sampling is not None
+    return {**plan.described(prepared), "engine": engines.here(job["params"], generates=generates)}
 
 
 def finished(paths: Iterable[Path]) -> dict[str, bool]:
