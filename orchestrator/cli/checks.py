@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from jobs import engines
+from jobs import engines, suites
 from orchestrator import errors, planning
 from orchestrator.cli import output
 from orchestrator.plain import plain
@@ -14,7 +14,8 @@ from orchestrator.plain import plain
 
 def engine(asked: planning.Asked, document: dict[str, Any], python: str | None) -> dict[str, str | None] | None:
     """Which engine the run will use on a machine that nobody looks at now."""
-    params = document["params"]
+    parts = suites.parts(document)
+    params = next((part for part in parts if "temperature" in part["params"]), parts[0])["params"]
     return engines.expected(params, asked.environment or engines.environment(params), python)
 
 
