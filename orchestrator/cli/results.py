@@ -47,10 +47,11 @@ def report(names: tuple[str, ...], html: Path, in_browser: bool, as_json: bool) 
 
 def _side_by_side(found: list[Run], page: Path, as_json: bool) -> None:
     """Put the page of several runs where it is wanted, and say where that is."""
-    compared = comparing.compare([str(run.home.folder) for run in found])
     for run in found:
         summary.current(run)
-    side_by_side.write(page, found, compared)
+    loaded = comparing.load([str(run.home.folder) for run in found])
+    compared = comparing.compare(loaded)
+    side_by_side.write(page, loaded, compared)
     if as_json:
         output.document(compared)
     click.echo(f"{len(found)} runs side by side: {plain(str(page))}", err=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,15 +20,15 @@ BEFORE = [float(number % 2 == 0) for number in range(120)]
 AFTER = [1.0 if number < 20 else score for number, score in enumerate(BEFORE)]
 
 
-def scored(name: str, scores: Sequence[float | None], **params: str) -> Run:
-    """A run with a row for each score; None is a row with an error. Example 3 asks in hostile words."""
+def scored(name: str, scores: Sequence[float | None], tasks: Sequence[str] = ("gsm8k",), **params: str) -> Run:
+    """A run with a row for each score, of each task; None is a row with an error. Example 3 asks in hostile words."""
     run = keeping.bare(name, **params)
     run.home.summary.unlink()
     with rows.Appender(run.home.rows) as out:
-        for number, score in enumerate(scores):
+        for task, (number, score) in itertools.product(tasks, enumerate(scores)):
             out.append(
                 {
-                    "key": f"gsm8k/test/e{number}#0",
+                    "key": f"{task}/test/e{number}#0",
                     "error": None if score is not None else "out of memory",
                     "example_id": f"e{number}",
                     "sample_index": 0,
@@ -110,6 +111,17 @@ def test_what_one_run_lacks_is_no_zero() -> None:
     examples = json.loads(text.partition('id="data">')[2].partition("</script>")[0])["examples"]
     assert {each["id"]: each["scores"] for each in examples} == {"e0": [1.0, 1.0], "e1": [None, 0.0], "e2": [1.0, None]}
     assert not any(each["flips"] for each in examples)
+
+
+def test_examples_of_several_tasks_stay_apart() -> None:
+    """Of runs with several parts, equal ids of two tasks are two examples, told apart by their category."""
+    scored("20261120-before-0001", [1.0, 0.0], ("gsm8k", "mmlu"))
+    scored("20261120-after-0002", [1.0, 1.0], ("gsm8k", "mmlu"))
+    assert gpu("report", "20261120-before-0001", "20261120-after-0002").returncode == 0
+    text = Path("side-by-side.html").read_text(encoding="utf-8")
+    examples = json.loads(text.partition('id="data">')[2].partition("</script>")[0])["examples"]
+    flipped = [each["subject"] for each in examples if each["flips"]]
+    assert (len(examples), flipped) == (4, ["gsm8k: odd", "mmlu: odd"])
 
 
 def test_runs_of_different_tasks_are_no_page() -> None:
