@@ -44,6 +44,27 @@ def environment(params: Mapping[str, Any]) -> str | None:
     return "serve" if params.get("engine") == "vllm" or words[:1] == ["vllm"] else None
 
 
+def expected(params: Mapping[str, Any], environment: str | None, python: str | None) -> dict[str, str | None] | None:
+    """The `name` of the engine that a run will use on another machine, and `why`, as far as that is known before
+    anybody has looked there (None: not); None for a job that has no engine. `python`: one that is there, as it is.
+    """
+    asked = params.get("engine")
+    if asked is None:
+        return None
+    if asked != "auto":
+        return {"name": str(asked), "why": "as asked for"}
+    if "temperature" not in params:
+        return {"name": "hf", "why": "texts are weighed by transformers"}
+    if python:
+        return {"name": None, "why": f"The engine will be vllm if {python} has it and the run has a CUDA GPU, else hf"}
+    if environment == "serve":
+        return {
+            "name": None,
+            "why": "The engine will be vllm, of the environment serve, if the run has a CUDA GPU, else hf",
+        }
+    return {"name": "hf", "why": "the environment made there has no vLLM; it gets one by --set engine=vllm"}
+
+
 def secrets(params: Mapping[str, Any]) -> list[str]:
     """Names of variables that the job gets beside those its user named, where they are set."""
     return [KEY_VARIABLE] if params.get("base_url") else []

@@ -51,6 +51,19 @@ def choose(params: dict[str, Any], known: dict[str, Any], *, generates: bool = T
     return asked
 
 
+def here(params: dict[str, Any], *, generates: bool) -> dict[str, str]:
+    """The `name` of the engine that a run by this Python on this machine will use, and `why`."""
+    asked = _checked(params)
+    if asked != "auto":
+        return {"name": asked, "why": "as asked for"}
+    if not generates:
+        return {"name": "hf", "why": "texts are weighed by transformers"}
+    if not _has_vllm():
+        return {"name": "hf", "why": "this Python has no vLLM"}
+    best = _best(params)
+    return {"name": best, "why": "this Python has vLLM and there is a CUDA GPU" if best == "vllm" else "no CUDA GPU"}
+
+
 def named(params: dict[str, Any]) -> str:
     """The engine's name as far as prompts have to do with it, on a machine that is not to run it; ConfigFailure."""
     asked = _checked(params)

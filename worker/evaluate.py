@@ -101,7 +101,10 @@ def keep(
 def check(job: dict[str, Any]) -> dict[str, Any]:
     """What a dry run says: findings about the prompts and how many rows would be made. No model is loaded."""
     with tempfile.TemporaryDirectory() as scratch:
-        return plan.described(plan.rehearse(job, Path(scratch), lambda _: None))
+        parts = plan.rehearse(job, Path(scratch), lambda _: None)
+    telling = next((part for part in parts if part.asked.sampling), parts[0])  # the others weigh, by transformers
+    engine = engines.here(telling.params, generates=telling.asked.sampling is not None)
+    return {**plan.described(parts), "engine": engine}
 
 
 def finished(paths: Iterable[Path]) -> dict[str, bool]:

@@ -47,7 +47,11 @@ def main(folder: str, python: str, out: BinaryIO) -> int:
 def verify(run: rundir.Run, python: str) -> dict[str, Any]:
     """The agreement of a run with the harness; raises ConfigFailure where the two cannot be asked the same."""
     job = durable.load_json(run.job)
-    prepared = plan.prepare(job, run, lambda _: None)[0]  # a job of one task has one part
+    if job is None:
+        raise ConfigFailure(f"{run.folder} is not there any more.", "Make another run: gpu verify --task TASK")
+    prepared, *others = plan.prepare(job, run, lambda _: None)
+    if others:
+        raise ConfigFailure("A run of several parts is not verified as one.", f"gpu verify --task {prepared.task.NAME}")
     _refuse_what_differs(prepared)
     made = {row["key"]: row for row in rows.read(run.row_files())}
     if missing := [item for item in prepared.items if item.key not in made]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from jobs.training_speed import ASSUMED
-from orchestrator import frozen, market, outs, rescoring, runs, speeds, summary
+from orchestrator import comparing, frozen, market, outs, rescoring, runs, side_by_side, speeds, summary
 from orchestrator.cli import cloud, completion, output
 from orchestrator.plain import plain
 from orchestrator.runs import Run
 
+_FILE = click.Path(dir_okay=False, path_type=Path)
 _SHOWN = 10
 _DOUBTFUL = (
     ("finish_length", 0.05, "of the completions were cut at max_new_tokens; a larger one may score better."),
@@ -21,23 +23,38 @@ _DOUBTFUL = (
 
 
 @click.command()
-@click.argument("name", metavar="[RUN]", required=False, shell_complete=completion.run)
+@click.argument("names", metavar="[RUN]…", nargs=-1, shell_complete=completion.run)
+@click.option("--html", metavar="FILE", type=_FILE, default="side-by-side.html", help="Where the page of several goes.")
 @click.option("--open", "in_browser", is_flag=True, help="Open the page in a browser.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document: summary.json.")
-def report(name: str | None, in_browser: bool, as_json: bool) -> None:
-    """The numbers of a run, counted anew from its rows, and its page.
+@click.option("--json", "as_json", is_flag=True, help="One JSON document: summary.json; of several, as gpu compare.")
+def report(names: tuple[str, ...], html: Path, in_browser: bool, as_json: bool) -> None:
+    """The numbers of a run, counted anew from its rows, and its page; of several runs one page, side by side.
 
     \b
     Example:  gpu report --open
+              gpu report 3f9c 81d0 --html both.html
     """
-    found = runs.find(name)
-    document = summary.write(found)
-    if as_json:
-        output.document(document)
+    found = [runs.find(name) for name in names or (None,)]
+    page = html if len(found) > 1 else found[0].home.report
+    if len(found) > 1:
+        _side_by_side(found, page, as_json)
     else:
-        show(found)
+        document = summary.write(found[0])
+        output.document(document) if as_json else show(found[0])
     if in_browser:
-        click.launch(found.home.report.as_uri())
+        click.launch(page.absolute().as_uri())
+
+
+def _side_by_side(found: list[Run], page: Path, as_json: bool) -> None:
+    """Put the page of several runs where it is wanted, and say where that is."""
+    for run in found:
+        summary.current(run)
+    loaded = comparing.load([str(run.home.folder) for run in found])
+    compared = comparing.compare(loaded)
+    side_by_side.write(page, loaded, compared)
+    if as_json:
+        output.document(compared)
+    click.echo(f"{len(found)} runs side by side: {plain(str(page))}", err=as_json)
 
 
 @click.command()

@@ -12,7 +12,7 @@ import click
 
 from jobs import spec
 from orchestrator import advance, errors, journey, machines, planning, rentals, runs, summary, sync, tenancy, view
-from orchestrator.cli import completion, output, results, sharing, wishes
+from orchestrator.cli import checks, completion, output, results, sharing, wishes
 from orchestrator.cli.cloud import agree_to_rent, enforced
 from orchestrator.cli.jobs import load
 from orchestrator.plain import plain
@@ -108,7 +108,10 @@ def _looked_at(asked: planning.Asked, document: dict[str, Any], how: dict[str, A
         rehearsal.look(document, output.progress(how["quiet"]))
         return _rented(asked, document, how, many)
     if how["dry_run"]:
-        _show_check(planning.check(document), how["as_json"])
+        found = planning.check(document)
+        if asked.machine != machines.LOCAL:
+            found["engine"] = checks.engine(asked, document, machines.load(asked.machine).worker_python)
+        checks.show(found, how["as_json"])
     return asked
 
 
@@ -118,7 +121,8 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
 
     say = output.progress(how["quiet"])
     looked = preflight.look(document)
-    _say_findings(looked, say, how)
+    engine = checks.engine(asked, document, how["python"])
+    _say_findings(looked, say, how, engine)
     wish = how.get("wish") or renting.wish(how)
     wish = dataclasses.replace(wish, need=looked.need(wish.need))
     part = fleet.part_of(wish, many)
@@ -135,10 +139,14 @@ def _rented(asked: planning.Asked, document: dict[str, Any], how: dict[str, Any]
     return dataclasses.replace(asked, machine=name, rents=tenancy.document(wish))
 
 
-def _say_findings(looked: Preflight, say: Callable[[str], None], how: dict[str, Any]) -> None:
+def _say_findings(
+    looked: Preflight, say: Callable[[str], None], how: dict[str, Any], engine: dict[str, str | None] | None = None
+) -> None:
     """Say what was found of the model; a finding that is an error ends here, before anything is rented."""
     if how["dry_run"] and how["as_json"]:
-        output.document(looked.document())
+        output.document({**looked.document(), "engine": engine})
+    if how["dry_run"] and engine:
+        say(checks.engine_words(engine))
     for line in looked.lines():
         say(line)
     if looked.errors:
@@ -373,19 +381,3 @@ def _leaving(run: Run) -> Iterator[None]:
         )
         _say_left(run)
         raise click.exceptions.Exit(errors.INTERRUPTED) from None
-
-
-def _show_check(found: dict[str, Any], as_json: bool) -> None:
-    """Print what a dry run found; exit code 3 when a finding is an error."""
-    if as_json:
-        output.document(found)
-    else:
-        click.echo(f"The first prompt:\n{plain(found['first_prompt'])}\n")
-        work = f"{found['steps_total']} steps" if "steps_total" in found else f"{found['rows_total']} rows"
-        click.echo(f"{found['examples']} examples, {work} to make.")
-        for finding in found["findings"]:
-            click.echo(f"{finding['level']}: {plain(finding['message'])}\n  {finding['hint']}")
-        if not found["findings"]:
-            click.echo("The prompts look right. Nothing was made.")
-    if any(finding["level"] == "error" for finding in found["findings"]):
-        raise click.exceptions.Exit(errors.ConfigError.exit_code)

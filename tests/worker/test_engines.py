@@ -33,6 +33,8 @@ def test_auto_is_vllm_where_there_is_one_and_a_gpu(
     monkeypatch.setattr(models, "choose_device", lambda _: type("Device", (), {"type": device}))
     assert chosen.choose({"engine": "auto"}, {}) == name
     assert chosen.choose({"engine": "auto"}, {}, generates=False) == "hf"
+    assert chosen.here({"engine": "auto"}, generates=True)["name"] == name
+    assert chosen.here({"engine": "auto"}, generates=False)["name"] == "hf"
 
 
 @pytest.mark.parametrize("known", ["hf", "vllm 0.32"])
