@@ -19,7 +19,9 @@ _ATTEMPT = re.compile(r"[0-9]{4}")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,9})(?:\.([0-9]{1,6}))?")
 _FOLDER = re.compile(rf"model|adapter|merged|{_CHECKPOINT.pattern}")
 
-GROWING = ("rows.jsonl", "noise.jsonl", "selections.jsonl", "steps.jsonl", "log.txt", "server.log")
+CURVES = "events.out.tfevents"
+"""What TensorBoard knows its files by."""
+GROWING = ("rows.jsonl", "noise.jsonl", "selections.jsonl", "steps.jsonl", CURVES, "log.txt", "server.log")
 """Files of an attempt that only grow; they come home piece by piece, by offset."""
 WHOLE = ("env.json", "failure.json", "status.json", "exit.json")
 """Files of an attempt that appear whole; exit.json last."""
@@ -199,6 +201,7 @@ class Attempt:
         self.noise = folder / "noise.jsonl"  # worker, made new, appended: rows that were made a second time
         self.selections = folder / "selections.jsonl"  # worker, made new, appended
         self.steps = folder / "steps.jsonl"  # worker, made new, appended: a line for each step of a training
+        self.curves = folder / CURVES  # worker, made new, appended: the same as TensorBoard reads it, where it is there
         self.log = folder / "log.txt"  # worker's own stdout and stderr, appended
         self.server_log = folder / "server.log"  # what a model server said that was started for the run
         self.progress = folder / "progress.json"  # worker, replaced: phase, rows written and synced
@@ -322,6 +325,7 @@ class Home:
         self.cargo = folder / "cargo.json"  # what the run takes along to another machine, by content
         self.adapter = folder / "adapter"  # what a training made, as its user sees it
         self.merged = folder / "merged"  # the same as a whole model
+        self.curves = folder / "tensorboard"  # a training's curves, of all attempts
         self.out = folder / OUT  # the files a command brought home, as its user sees them
         self.parts = folder / "parts"  # of a run that several machines share: a run folder for each share
         self.shared = Run(folder / "shared")  # what its first machine resolved, and all others start with

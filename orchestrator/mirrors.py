@@ -173,17 +173,25 @@ def gather(mirror: Source, machine: str, arrivals: Arrivals) -> dict[str, Any]:
     `arrivals` is open for that machine. Nothing at home becomes older or less by it; may be repeated.
     """
     names = [name for name in mirror.names(machine) if rundir.may_come_home(name)]
+    numbers = {name: rundir.checkpoint_number(name.partition("/")[0]) for name in names}
+    whole = sorted({number for name, number in numbers.items() if number and name.endswith(rundir.MANIFEST)})
+    for checkpoint in reversed(whole):  # the newest, and where that is damaged the one before it
+        _bring(mirror, machine, arrivals, [name for name in names if numbers[name] == checkpoint])
+        if rundir.damage(arrivals.copy.folder / rundir.checkpoint_name(*checkpoint)) is None:
+            break
+    _bring(mirror, machine, arrivals, [name for name in names if numbers[name] is None])
+    return _end(arrivals.copy)
+
+
+def _bring(mirror: Source, machine: str, arrivals: Arrivals, names: list[str]) -> None:
+    """Merge these files of a machine, manifests and seals last."""
     request = arrivals.request(0.0)
-    numbers = [rundir.checkpoint_number(name.partition("/")[0]) for name in names if name.endswith(rundir.MANIFEST)]
-    newest = max((number for number in numbers if number), default=None)
-    names = [name for name in names if rundir.checkpoint_number(name.partition("/")[0]) in (None, newest)]
     for name in sorted(names, key=lambda name: (name.endswith("/exit.json"), name.endswith(rundir.MANIFEST), name)):
         if rundir.grows(name):
             offset, digest = request["have"].get(name, (0, ""))
             _grow(arrivals, name, mirror.read(machine, name), (offset, digest))
         elif name not in request["have_whole"] and not name.endswith("/status.json"):
             _whole(arrivals, name, mirror.read(machine, name))
-    return _end(arrivals.copy)
 
 
 def _grow(arrivals: Arrivals, name: str, content: Iterator[bytes], have: tuple[int, str]) -> None:

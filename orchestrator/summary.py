@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs import durable, flips, metrics, rows, rundir, suites
-from orchestrator import clock, frozen, runs, speeds, training
+from orchestrator import clock, curves, frozen, runs, speeds, training
 from orchestrator.runs import Run
 
 _CONFLICTS_MAX = 100
@@ -22,6 +22,7 @@ def write(run: Run) -> dict[str, Any]:
     from orchestrator import report
 
     frozen.keep(run)
+    curves.show(run.home)
     document = count(run)
     durable.save_json(run.home.summary, document)
     job = {**run.job(), "machine": runs.machine_names(run), "started_at": run.record.started_at}

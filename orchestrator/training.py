@@ -59,6 +59,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "curve": _thinned([[line["step"], line["loss"]] for line in lines]),
         "eval_curve": _thinned([[line["step"], line["eval_loss"]] for line in tested]),
         "verify_resume": _verified(run),
+        "tensorboard": str(run.home.curves) if run.home.curves.is_dir() else None,
         "adapter": str(run.home.adapter) if run.home.adapter.is_dir() else None,
         "merged": str(run.home.merged) if run.home.merged.is_dir() else None,
     }

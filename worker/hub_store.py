@@ -103,6 +103,9 @@ class HubStore:
                     data.close()
         self._there |= {path for path, _ in pending}
 
+    def retire(self) -> None:
+        """See Store. Nothing goes: the repository's history would keep it."""
+
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ _WHOLE = tuple(name for name in rundir.WHOLE if name not in ("status.json", _SEA
 _STILL_S = 2.0
 _AGAIN_MAX_S = 120.0
 _LOCK_WAIT_S = 5.0
+_CHECKPOINTS_KEPT = 2
 
 
 class Unusable(Exception):
@@ -47,6 +49,10 @@ class Store(Protocol):
 
     def flush(self) -> None:
         """Return once everything so far is safe there."""
+        ...
+
+    def retire(self) -> None:
+        """Let older checkpoints go, all but the newest whole one and the one before it, where that frees any room."""
         ...
 
 
@@ -115,6 +121,13 @@ class FolderStore:
     def flush(self) -> None:
         """See Store. All of it is already."""
 
+    def retire(self) -> None:
+        """See Store. A manifest goes before the files that it names."""
+        for folder in rundir.Run(self._folder).checkpoints()[:-_CHECKPOINTS_KEPT]:
+            (folder / rundir.MANIFEST).unlink(missing_ok=True)
+            durable.sync_folder(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
     def _path(self, name: str) -> Path:
         path = self._folder / name
         durable.have_folder(path.parent)
@@ -158,17 +171,27 @@ class Copying:
         self._whole(self.run.resolved.name)
         self._whole(self.run.examples.name)
         for path in self.run.folders():
-            for file in rundir.weights(path):
-                self._whole(f"{path.name}/{file.name}")
+            self._weights(path)
         for name, facts in self._outs.find(lambda *_: None).items():
             if rundir.grows(name):
                 self._grow(name)
             elif final or time.time() - facts.st_mtime >= _STILL_S:
                 self._whole(name)
         self.store.flush()
+        self.store.retire()
         for folder in sealed:
             self._whole(f"{folder}/{_SEAL}")
         self.store.flush()
+
+    def _weights(self, folder: Path) -> None:
+        """Copy a folder of weights, its manifest last; a checkpoint is held against removal until then."""
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as held:  # an old one, removed just now
+            if rundir.checkpoint_number(folder.name) is not None:
+                lease = locks.take(folder / rundir.MANIFEST)
+                if lease is not None:  # else a pull holds it
+                    held.callback(os.close, lease)
+            for file in rundir.weights(folder):
+                self._whole(f"{folder.name}/{file.name}")
 
     def _open(self, name: str) -> int:
         if name.startswith(f"{rundir.OUT}/"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import durable, rows, rundir, times
-from worker import batches, checkpoints, curriculum, facts, lora, merging, resolve
+from worker import batches, checkpoints, curriculum, curves, facts, lora, merging, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
 from worker.failures import Diverged, NothingLearned, OutOfMemory
@@ -71,9 +71,10 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
         training.begin()
         durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now(), **verified})
         progress.phase("training")
-        with rows.Appender(attempt.steps) as out:
+        with rows.Appender(attempt.steps) as out, curves.drawing(attempt.curves, training.at.step + 1) as draw:
             for line in training.steps():
                 out.append(line)
+                draw(line)
                 progress.steps(line["step"], prepared.steps, f"loss {line['loss']:.4f}", line["eta_s"])
                 if line["step"] % prepared.params["save_every"] == 0:
                     out.sync()

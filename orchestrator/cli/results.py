@@ -168,6 +168,8 @@ def _show_training(run: Run, found: dict[str, Any]) -> None:
     if made["adapter"]:
         model = plain(str(found["model"]))
         click.echo(f"Adapter: {made['adapter']}\nTry it:  --set model={model} --set adapter={made['adapter']}")
+    if made.get("tensorboard"):
+        click.echo(f"Curves:  tensorboard --logdir {made['tensorboard']}")
     if made.get("merged"):
         click.echo(f"Merged:  {made['merged']}  (a whole model: --set model={made['merged']})")
 
