@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.training_memory import PART_BYTES
 from worker import batches
 
-PART_BYTES = 256 << 20
-"""Of float32 logits that are held at a time; the loss and its gradient take three times as much beside them."""
 SEEN = 0.01
 """Of the largest logit: two ways that differ by less are one, rounded to bfloat16 in other places."""
 _PROBED = 100.0
