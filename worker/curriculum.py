@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from jobs import rundir, spec
-from worker import builtin, continuing, lora, models, sources, wanted
+from worker import builtin, continuing, lora, models, ranks, sources, wanted
 from worker.batches import Budget, Plan
 from worker.conversations import Encoder, LeftOut, Sample, shown
 from worker.failures import ConfigFailure
@@ -103,7 +103,7 @@ class Prepared:
 
     def warnings(self) -> list[str]:
         """What a person should know of the rows before they are learned."""
-        idle = _gpus(self.device) - self.processes
+        idle = ranks.gpus(self.device) - self.processes
         return [
             *(f"{count} rows are left out: {why}." for count, why in _in_words(self.left_out)),
             *([f"{idle} GPUs of this machine do nothing: {self.processes} share the micro-batches."] * (idle > 0)),
@@ -198,7 +198,7 @@ def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str,
         left_out=left_out,
         identity=_identity(params, request, renderer) | digests,
         device=device,
-        processes=_processes(params, device),
+        processes=ranks.count(params, device),
     )
 
 
@@ -308,30 +308,6 @@ def _budget(params: dict[str, Any]) -> Budget:
     return Budget(None if params["batch_tokens"] else params["batch_size"], tokens, params["packing"])
 
 
-def _processes(params: dict[str, Any], device: str) -> int:
-    """How many processes train: one for each GPU of the run, as far as a step has micro-batches for them."""
-    asked, most = params["processes"], params["accumulation"]
-    if asked == "auto":
-        return int(min(_gpus(device), most))
-    if asked > most:
-        raise ConfigFailure(
-            f"processes={asked}, but a step has {most} micro-batches: the others would do nothing.",
-            f"--set accumulation={asked}, or --set processes={most}",
-        )
-    if asked > _gpus(device) and device != "cpu":
-        raise ConfigFailure(
-            f"processes={asked}, but this run has {_gpus(device)} GPUs.", f"--set processes={_gpus(device)}"
-        )
-    return int(asked)
-
-
-def _gpus(device: str) -> int:
-    """How many devices of the kind there are for this run; one that was named by its number is one."""
-    import torch
-
-    return torch.cuda.device_count() if device == "cuda" else 1
-
-
 def _identity(params: dict[str, Any], request: models.ModelRequest, renderer: Renderer) -> dict[str, Any]:
     return {
         "story": "train",
@@ -392,6 +368,7 @@ def made_up(params: dict[str, Any], folder: Path) -> Prepared:
             **{name: params[name] for name in _CHANGES},
         },
         device=str(models.choose_device(request.device)),
+        processes=1,
     )
 
 

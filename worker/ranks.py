@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from jobs import durable, rundir
 from worker import processes
+from worker.failures import ConfigFailure
 
 WAIT_S = 600.0
 """How long a process waits for another: nobody falls so far behind within a step and still works."""
@@ -115,6 +116,33 @@ class Ranks:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def count(params: dict[str, Any], device: str) -> int:
+    """How many processes train: one for each GPU of the run, as far as a step has micro-batches for them.
+
+    A job without that parameter trains in one.
+    """
+    asked, most = params.get("processes", 1), params["accumulation"]
+    if asked == "auto":
+        return int(min(gpus(device), most))
+    if asked > most:
+        raise ConfigFailure(
+            f"processes={asked}, but a step has {most} micro-batches: the others would do nothing.",
+            f"--set accumulation={asked}, or --set processes={most}",
+        )
+    if asked > gpus(device) and device != "cpu":
+        raise ConfigFailure(
+            f"processes={asked}, but this run has {gpus(device)} GPUs.", f"--set processes={gpus(device)}"
+        )
+    return int(asked)
+
+
+def gpus(device: str) -> int:
+    """How many devices of the kind there are for this run; one that was named by its number is one."""
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda" else 1
 
 
 @contextlib.contextmanager

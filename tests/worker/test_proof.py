@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from tests.worker import schooling
-from worker import proof
+from worker import lora, proof
 
 SHORT = {"steps": 5, "accumulation": 2, "lr": 0.01, "dropout": 0.1, "warmup": 2, "save_every": 2}
 FEW_BITS = {"optimizer": "adamw_8bit", "quantization": "nf4", "rank": 64, "targets": "all-linear", "eval_rows": 3}

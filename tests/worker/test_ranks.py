@@ -18,7 +18,7 @@ from safetensors.torch import load
 from jobs import rundir
 from tests.waiting import until
 from tests.worker import schooling
-from worker import curriculum, lora, portions, processes, ranks, train
+from worker import lora, portions, processes, ranks, train
 from worker.failures import ConfigFailure
 from worker.portions import Portion
 
@@ -230,8 +230,8 @@ def test_as_many_processes_as_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, e
     """`auto` is one process for each GPU that the run holds, as far as a step has micro-batches; else one."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     params = {"processes": "auto", "accumulation": 3}
-    assert curriculum._processes(params, "cuda" if gpus else "cpu") == expected
-    assert curriculum._processes(params, "cuda:1") == 1
+    assert ranks.count(params, "cuda" if gpus else "cpu") == expected
+    assert ranks.count(params, "cuda:1") == 1
 
 
 def _adding(rank: int, folder: Path) -> None:
