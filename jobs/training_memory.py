@@ -21,6 +21,8 @@ _WEIGHT_BYTES = 4
 """Of an adapter's number and of its gradient: float32, whatever the base is."""
 _SCORE_BYTES = 12
 """Of one score of one learned token while its gradient is made: log-softmax, the gradient of the loss, and its own."""
+PART_BYTES = 256 << 20
+"""Of float32 scores that a training makes at a time; more of them are made part by part (`worker/losses.py`)."""
 CONTEXT_BYTES = 1e9
 """What CUDA, cuBLAS and PyTorch take on a GPU before the first weight: 0.5 to 0.9 GB, by card and version."""
 SPARE = 1.05
@@ -42,7 +44,7 @@ class Recipe:
     packing: bool = False
     activation_checkpointing: bool = False
     learned: float = 1.0
-    """Share of those tokens whose scores are made, all at once."""
+    """Share of those tokens whose scores are made."""
 
     @classmethod
     def of(cls, params: Mapping[str, Any], dtype: str, tokens: int | None = None) -> Recipe:
@@ -87,7 +89,8 @@ def needs(shape: Shape, recipe: Recipe) -> Needs:
     test_held.py`. T tokens, s bytes a number of the base, L layers, p adapter parameters:
     weights = body x (s, 1 or 0.516) + s x vocabulary; adapter = p x (4 + 4 + 8, or 2 in 8 bits);
     activations = L x T x a layer's (`_layer`), with checkpointing s x L x T x hidden and one layer's;
-    work = the larger of 12 x learned x T x words, and 3 s x T x wide on the way back through a feed-forward.
+    work = the larger of 12 x learned x T x words, or of a part of them, and 3 s x T x wide on the way back through a
+    feed-forward.
     """
     size, tokens = SIZES[recipe.dtype], recipe.tokens
     parameters = shape.adapter(recipe.rank, recipe.targets)
@@ -104,7 +107,7 @@ def needs(shape: Shape, recipe: Recipe) -> Needs:
         weights=frozen * shape.body + size * (shape.parameters - shape.body),
         adapter=parameters * 2 * _WEIGHT_BYTES + _states(shape, recipe),
         activations=kept,
-        work=max(back, _SCORE_BYTES * recipe.learned * tokens * shape.words),
+        work=max(back, _SCORE_BYTES * min(recipe.learned * tokens * shape.words, PART_BYTES / 4)),
     )
 
 

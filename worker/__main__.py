@@ -56,10 +56,10 @@ def main(words: list[str]) -> int:
         from worker import mirror
 
         return mirror.main(rest[0], rest[1], rest[2], rest[3:])
-    if verb in ("work", "check"):
+    if verb in ("work", "assist", "check"):
         from worker import work
 
-        return work.main(rest[0], int(rest[1])) if verb == "work" else work.check(sys.stdin.buffer, sys.stdout.buffer)
+        return work.begin(verb, rest)
     if verb == "verify":
         from worker import verify
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 from jobs import rundir, spec
-from worker import builtin, continuing, lora, models, sources, wanted
+from worker import builtin, continuing, lora, models, ranks, sources, wanted
 from worker.batches import Budget, Plan
 from worker.conversations import Encoder, LeftOut, Sample, shown
 from worker.failures import ConfigFailure
@@ -50,6 +51,13 @@ class Prepared:
     """The rows that nothing can be learned from."""
     identity: dict[str, Any]
     device: str
+    processes: int
+    """How many share the micro-batches of each step; the weights do not depend on it, but for rounding."""
+
+    def on(self, rank: int) -> Prepared:
+        """The same on the GPU of a process that is not the first."""
+        device = f"cuda:{rank}" if self.device == "cuda" else self.device
+        return dataclasses.replace(self, request=dataclasses.replace(self.request, device=device))
 
     @property
     def steps(self) -> int:
@@ -81,9 +89,25 @@ class Prepared:
             "warnings": self.warnings(),
         }
 
+    def micros_of(self, step: int) -> int:
+        """Micro-batches of the step after so many: fewer in the last one where epochs decide how many there are."""
+        left = math.inf if self.micros is None else self.micros
+        return int(min(self.accumulation, left - step * self.accumulation))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after so many: up over the warm-up, then as the schedule has it."""
+        done = step / self.steps
+        falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        warm = min(1.0, (step + 1) / max(self.params["warmup"], 1))
+        return float(self.params["lr"] * warm * falls[self.params["schedule"]])
+
     def warnings(self) -> list[str]:
         """What a person should know of the rows before they are learned."""
-        return [f"{count} rows are left out: {why}." for count, why in _in_words(self.left_out)]
+        idle = ranks.gpus(self.device) - self.processes
+        return [
+            *(f"{count} rows are left out: {why}." for count, why in _in_words(self.left_out)),
+            *([f"{idle} GPUs of this machine do nothing: {self.processes} share the micro-batches."] * (idle > 0)),
+        ]
 
 
 def prepare(job: dict[str, Any], run: rundir.Run, say: Say) -> Prepared:
@@ -114,6 +138,28 @@ def unseen(params: dict[str, Any]) -> str:
     return "" if all(isinstance(path, str) for path in kept) else f"the tokenizer of {model} is not here"
 
 
+def check(job: dict[str, Any]) -> dict[str, Any]:
+    """What a dry run says: the first rows as they are learned, what is left out, and how many steps. Loads no model.
+
+    Of a job that says `at_hand`, `unseen` tells what would have to be fetched first, and nothing else is done.
+    """
+    if job.get("at_hand") and (why := unseen(job["params"])):
+        return {"unseen": why}
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = rehearse(job, Path(scratch), lambda _: None)
+        first = "\n".join(prepared.first_rows())
+    lengths = [len(sample) for sample in prepared.samples]
+    return {
+        "examples": len(prepared.samples),
+        "steps_total": prepared.steps,
+        "tokens_in": {"max": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
+        "first_prompt": first,
+        "findings": [
+            {"level": "warning", "code": "left_out", "message": words, "hint": ""} for words in prepared.warnings()
+        ],
+    }
+
+
 def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str, Any], say: Say) -> Prepared:
     params = job["params"]
     _check(params)
@@ -137,6 +183,7 @@ def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str,
         _refuse_too_few(other, lost, params["left_out"])
         samples += _mixed(other, len(samples), params)
         left_out |= {f"{why}, in {params['mix_dataset']}": numbers for why, numbers in lost.items()}
+    device = str(models.choose_device(request.device))
     plan = Plan([len(sample) for sample in samples], _budget(params), params["seed"])
     digests = {"dataset_digest": records.digest, "mix_digest": mixed.digest if mixed else None, "limit": job["limit"]}
     return Prepared(
@@ -150,7 +197,8 @@ def _prepare(job: dict[str, Any], built_in: Callable[[], Path], known: dict[str,
         micros=None if params["steps"] else plan.count(params["epochs"]),
         left_out=left_out,
         identity=_identity(params, request, renderer) | digests,
-        device=str(models.choose_device(request.device)),
+        device=device,
+        processes=ranks.count(params, device),
     )
 
 
@@ -282,7 +330,7 @@ def show(prepared: Prepared, say: Say) -> None:
     targets = sum(sample.targets for sample in prepared.samples)
     say(
         f"{len(prepared.samples)} rows of {tokens} tokens, {targets} of them learned; {len(prepared.held)} rows held "
-        f"out; {prepared.steps} steps of {prepared.accumulation} micro-batches"
+        f"out; {prepared.steps} steps of {prepared.accumulation} micro-batches in {prepared.processes} processes"
     )
 
 
@@ -320,6 +368,7 @@ def made_up(params: dict[str, Any], folder: Path) -> Prepared:
             **{name: params[name] for name in _CHANGES},
         },
         device=str(models.choose_device(request.device)),
+        processes=1,
     )
 
 

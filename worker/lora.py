@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import hashlib
 import json
 import math
+import resource
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from worker import batches, continuing, models, quantization
+from worker import batches, continuing, losses, models, quantization
 from worker.conversations import Sample
 from worker.failures import ConfigFailure, WorkerFailure
 
@@ -62,6 +64,10 @@ class Learner:
     """Every trainable parameter by its name, all float32."""
     begun: dict[str, Any] = field(default_factory=dict)
     """What each lora_B was before the first step, on the CPU, where it was not zero."""
+    loss: losses.Loss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = losses.Loss(self.model)
 
     @property
     def pad_id(self) -> int:
@@ -82,6 +88,8 @@ def fit(loaded: models.LoadedModel, settings: Settings) -> Learner:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    if loaded.device.type == "cuda":
+        torch.cuda.set_device(loaded.device)  # some kernels run on the current one whatever they are given
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
@@ -103,7 +111,10 @@ def fit(loaded: models.LoadedModel, settings: Settings) -> Learner:
     wrong = [name for name, each in weights.items() if each.dtype != torch.float32]
     if wrong:
         raise WorkerFailure(f"{wrong[0]} is not float32: training it in fewer bits would lose most of its steps.")
-    return Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    learner = Learner(model, loaded.tokenizer, _optimizer(settings, weights), loaded.device, weights)
+    with unchanging(learner):
+        learner.loss = losses.Loss.of(model)
+    return learner
 
 
 def _targets(words: str) -> str | list[str]:
@@ -127,21 +138,20 @@ def _optimizer(settings: Settings, weights: Mapping[str, Any]) -> Any:
 
 def loss_sum(learner: Learner, batch: batches.Batch) -> Any:
     """The cross-entropy of all tokens that are learned, added up; logits are made at their positions alone."""
-    import torch
-
-    logits = _logits(learner, batch).float()  # (B, P, V)
-    labels = batch.labels.to(logits.device)
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=batches.NOT_LEARNED, reduction="sum"
-    )
+    inputs = {name: tensor.to(learner.device) for name, tensor in batch.inputs.items()}
+    return learner.loss.sum(inputs, batch.keep.to(learner.device), batch.labels)
 
 
 def _logits(learner: Learner, batch: batches.Batch) -> Any:
     inputs = {name: tensor.to(learner.device) for name, tensor in batch.inputs.items()}
-    keep = batch.keep.to(learner.device)
-    if "logits_to_keep" in inspect.signature(learner.model.get_base_model().forward).parameters:
-        return learner.model(**inputs, use_cache=False, logits_to_keep=keep).logits
-    return learner.model(**inputs, use_cache=False).logits[:, keep]
+    return losses.logits(learner.model, inputs, batch.keep.to(learner.device))
+
+
+def seed(words: str) -> None:
+    """Have what is dropped out from here on follow from these words alone."""
+    import torch
+
+    torch.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big"))
 
 
 def update(learner: Learner, lr: float, clip: float) -> float:
@@ -158,6 +168,15 @@ def update(learner: Learner, lr: float, clip: float) -> float:
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def memory_bytes(learner: Learner) -> int:
+    """The most that was held so far, by the GPU or else by this process."""
+    import torch
+
+    if learner.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(learner.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
@@ -247,15 +266,24 @@ def load_adapter(learner: Learner, data: bytes) -> None:
 
 
 def state(learner: Learner) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a step depends on beside the weights: tensors (optimizer, gradients, random numbers) and plain values."""
-    tensors: dict[str, Any] = {f"random/{name}": each for name, each in random_states(learner).items()}
+    """The optimizer's state, as tensors and as plain values."""
+    tensors: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for name, each in learner.weights.items():
         for key, value in learner.optimizer.state.get(each, {}).items():
             (tensors if hasattr(value, "detach") else values)[f"optimizer/{name}/{key}"] = value
-        if each.grad is not None:
-            tensors[f"gradient/{name}"] = each.grad
     return {name: each.detach().cpu().clone() for name, each in tensors.items()}, values
+
+
+def gradients(learner: Learner) -> dict[str, Any]:
+    """What was learned since the last step, of the weights that it has reached."""
+    return {name: each.grad.cpu().clone() for name, each in learner.weights.items() if each.grad is not None}
+
+
+def set_gradients(learner: Learner, found: Mapping[str, Any]) -> None:
+    """Go on from what `gradients` gave."""
+    for name, each in learner.weights.items():
+        each.grad = found[name].to(each.device) if name in found else None
 
 
 def restore(learner: Learner, tensors: Mapping[str, Any], values: Mapping[str, Any], *, stepped: bool) -> None:
@@ -278,37 +306,11 @@ def restore(learner: Learner, tensors: Mapping[str, Any], values: Mapping[str, A
     for name, held in states.items():
         if held:
             learner.optimizer.state[known[name]] = {key: _placed(key, each, known[name]) for key, each in held.items()}
-    for name, each in learner.weights.items():
-        gradient = tensors.get(f"gradient/{name}")
-        each.grad = None if gradient is None else gradient.to(each.device)
-    set_random_states(learner, {name[7:]: each for name, each in tensors.items() if name.startswith("random/")})
 
 
 def _placed(key: str, value: Any, weight: Any) -> Any:
     """A part of the optimizer's state where that weight is; AdamW's own count of steps stays with the CPU."""
     return value.to(weight.device) if hasattr(value, "to") and key != "step" else value
-
-
-def random_states(learner: Learner) -> dict[str, Any]:
-    """The states of the random numbers that dropout draws."""
-    import torch
-
-    found = {"cpu": torch.get_rng_state()}
-    if learner.device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(learner.device)
-    return found
-
-
-def set_random_states(learner: Learner, states: Mapping[str, Any]) -> None:
-    """Put them back; StateMismatch when one that this device needs is missing."""
-    import torch
-
-    missing = random_states(learner).keys() - states.keys()
-    if missing:
-        raise mismatch(f"it has no random numbers for {', '.join(missing)}: it was made on another kind of device")
-    torch.set_rng_state(states["cpu"])
-    if learner.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], learner.device)
 
 
 def _match(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

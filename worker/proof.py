@@ -59,9 +59,9 @@ class _Trial(Training):
         self.stop_asked = self.begun == self.stops_after
         return super()._batch(micro)
 
-    def save(self) -> None:
+    def save(self, *what: Any) -> None:
         """See Training."""
-        super().save()
+        super().save(*what)
         raise _Paused
 
 
@@ -96,13 +96,12 @@ def prove(run: rundir.Run, prepared: Prepared, say: Say) -> dict[str, Any]:
 def _undisturbed(scratch: rundir.Run, prepared: Prepared) -> tuple[Trace, Trace | None, list[tuple[Any, ...]]]:
     """The steps in one go, on a GPU a second time, and those before the interruption, which leave a checkpoint."""
     learner = lora.load(prepared.request, prepared.settings)
-    beginning = lora.adapter_files(learner, "")[lora.WEIGHTS], lora.random_states(learner)
+    beginning = lora.adapter_files(learner, "")[lora.WEIGHTS]
 
     def trial() -> _Trial:
-        lora.load_adapter(learner, beginning[0])
+        lora.load_adapter(learner, beginning)
         learner.optimizer.state.clear()
         learner.optimizer.zero_grad(set_to_none=True)
-        lora.set_random_states(learner, beginning[1])
         return _Trial(scratch, prepared, learner)
 
     whole = _trace(trial())

@@ -5,22 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import resource
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs import durable, rows, rundir, times
-from worker import batches, checkpoints, curriculum, curves, facts, lora, merging, resolve
+from worker import batches, checkpoints, curriculum, curves, facts, lora, merging, portions, ranks, resolve
 from worker.batches import Batch, Micro
 from worker.curriculum import Prepared
 from worker.failures import Diverged, NothingLearned, OutOfMemory
+from worker.portions import Portion
 from worker.progress import Progress
+from worker.ranks import Ranks
 
 ADAPTER = "adapter"
 ABOUT, STATE, TENSORS, BEST = "training.json", "state.json", "state.safetensors", "best.safetensors"
@@ -35,14 +35,9 @@ class AnotherTraining(lora.StateMismatch):
 
 @dataclass
 class Standing:
-    """How far a training is: steps done, and of the step that has begun how many micro-batches, and their loss."""
+    """How far a training is in whole steps."""
 
     step: int = 0
-    micro: int = 0
-    loss: float = 0.0
-    tokens: int = 0
-    targets: int = 0
-    """Of that step so far, too."""
     seconds: float = 0.0
     """Spent on steps so far, in all attempts."""
     tokens_all: int = 0
@@ -67,18 +62,20 @@ def work(run: rundir.Run, attempt: rundir.Attempt, job: dict[str, Any]) -> None:
     if not (adapter / rundir.MANIFEST).is_file() or rundir.damage(adapter) is not None:
         verified = _verified(run, prepared, progress)
         progress.phase("loading the model")
-        training = Training(run, prepared, lora.load(prepared.request, prepared.settings))
-        training.begin()
-        durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now(), **verified})
-        progress.phase("training")
-        with rows.Appender(attempt.steps) as out, curves.drawing(attempt.curves, training.at.step + 1) as draw:
-            for line in training.steps():
-                out.append(line)
-                draw(line)
-                progress.steps(line["step"], prepared.steps, f"loss {line['loss']:.4f}", line["eta_s"])
-                if line["step"] % prepared.params["save_every"] == 0:
-                    out.sync()
-                    training.save()
+        with ranks.gathered(attempt, job, prepared.processes) as together:
+            training = Training(run, prepared, lora.load(prepared.request, prepared.settings), together)
+            say(training.learner.loss.words())
+            training.begin()
+            durable.save_json(attempt.env, {**facts.environment(), "training_since": times.now(), **verified})
+            progress.phase("training")
+            with rows.Appender(attempt.steps) as out, curves.drawing(attempt.curves, training.at.step + 1) as draw:
+                for line in training.steps():
+                    out.append(line)
+                    draw(line)
+                    progress.steps(line["step"], prepared.steps, f"loss {line['loss']:.4f}", line["eta_s"])
+                    if line["step"] % prepared.params["save_every"] == 0:
+                        out.sync()
+                        training.save()
         training.finish()
     if prepared.params["merge"]:
         progress.phase("merging")
@@ -97,45 +94,44 @@ def _verified(run: rundir.Run, prepared: Prepared, progress: Progress) -> dict[s
     return {"verify_resume": proof.prove(run, prepared, say)}
 
 
-def check(job: dict[str, Any]) -> dict[str, Any]:
-    """What a dry run says: the first rows as they are learned, what is left out, and how many steps. Loads no model.
+def assist(run: rundir.Run, job: dict[str, Any], together: Ranks) -> None:
+    """Take part in a training that another process tells of: the same steps, and nothing is written."""
+    prepared = curriculum.prepare(job, run, lambda _: None).on(together.rank)
+    training = Training(run, prepared, lora.load(prepared.request, prepared.settings), together)
+    training.begin()
+    for _ in training.steps():
+        pass
 
-    Of a job that says `at_hand`, `unseen` tells what would have to be fetched first, and nothing else is done.
-    """
-    if job.get("at_hand") and (why := curriculum.unseen(job["params"])):
-        return {"unseen": why}
-    with tempfile.TemporaryDirectory() as scratch:
-        prepared = curriculum.rehearse(job, Path(scratch), lambda _: None)
-        first = "\n".join(prepared.first_rows())
-    lengths = [len(sample) for sample in prepared.samples]
-    return {
-        "examples": len(prepared.samples),
-        "steps_total": prepared.steps,
-        "tokens_in": {"max": max(lengths), "mean": round(sum(lengths) / len(lengths), 1)},
-        "first_prompt": first,
-        "findings": [
-            {"level": "warning", "code": "left_out", "message": words, "hint": ""} for words in prepared.warnings()
-        ],
-    }
+
+check = curriculum.check
+"""What a dry run says, without a model."""
 
 
 @dataclass
 class Training:
-    """A training under way: what it learns from, the model, and how far it is."""
+    """A training under way: what it learns from, the model, how far it is, and what this process adds to it."""
 
     run: rundir.Run
     prepared: Prepared
     learner: lora.Learner
+    ranks: Ranks = field(default_factory=Ranks)
     at: Standing = field(default_factory=Standing)
+    mine: Portion = field(default_factory=Portion)
+    """What this process has done of the step that has begun."""
+    done: list[int] = field(default_factory=list)
+    """Micro-batches of that step that a checkpoint holds already, whoever did them."""
     stop_asked: bool = False
     best: bytes = b""
     """The adapter's weights after `at.best_step` steps."""
 
     def begin(self) -> None:
         """Go on from the newest whole checkpoint, or begin; from here on a TERM saves before it ends the worker."""
-        folder = self._restored()
-        if folder:
+        self.ranks.join(self.learner.device)
+        folder = self.ranks.led(self._restored)
+        if folder and self.ranks.is_first:
             say(f"going on from {folder.name}: {self.at.step} of {self.prepared.steps} steps are done")
+        elif folder:
+            self.restore(folder)
         elif self.prepared.params["packing"]:
             lora.check_packing(self.learner, self.prepared.samples)
         if self.learner.device.type == "cuda":
@@ -152,38 +148,53 @@ class Training:
         """Do every step that is left; each gives its line of steps.jsonl once the weights have changed."""
         stream = self.prepared.plan.stream(skip=self.at.step * self.prepared.accumulation)
         while self.at.step < self.prepared.steps and not self._has_waited():
-            micros = list(itertools.islice(stream, self._micros_of_step()))
+            micros = list(itertools.islice(stream, self.prepared.micros_of(self.at.step)))
             began = time.monotonic()
             epoch = micros[0][0]
-            rate = self.rate()
-            norm = self._learn([micro for _, micro in micros], rate)
-            line = self._line(norm, rate, time.monotonic() - began)
-            yield {**line, "epoch": epoch, **self._tested()}
+            rate = self.prepared.rate(self.at.step)
+            did, norm = self._learn([micro for _, micro in micros], rate)
+            line = self._line(did, norm, time.monotonic() - began)
+            yield {**line, "lr": rate, "epoch": epoch, **self._tested()}
 
-    def _micros_of_step(self) -> int:
-        """Fewer in the last step where epochs decide how many there are."""
-        left = math.inf if self.prepared.micros is None else self.prepared.micros
-        return int(min(self.prepared.accumulation, left - self.at.step * self.prepared.accumulation))
-
-    def _learn(self, micros: list[Micro], rate: float) -> float:
-        """One step on the mean loss of all tokens learned in it, in whichever micro-batch; the norm of its gradient."""
+    def _learn(self, micros: list[Micro], rate: float) -> tuple[Portion, float]:
+        """One step on the mean loss of all tokens learned in it, whoever learns them; what was done, and the norm."""
         targets = sum(self.prepared.samples[index].targets for micro in micros for index in micro)
-        while self.at.micro < len(micros):
+        for place in portions.places(len(micros), self.done, self.ranks.rank, self.ranks.size):
             if self.stop_asked:
-                self.save()
-                say(f"stopped after {self.at.step} steps and {self.at.micro} micro-batches of the next; saved")
-                sys.exit(_STOPPED)
-            batch = self._batch(micros[self.at.micro])
-            self.at.loss += self._backward(batch, targets)
-            self.at.tokens += batch.tokens
-            self.at.targets += batch.targets
-            self.at.micro += 1
+                break
+            self._learn_micro(place, micros[place], targets)
+        did = self.ranks.meet(self.mine)
+        step = portions.total(did)
+        if len(step.done) < len(micros):
+            self._stop(did)
+        self.ranks.add_up(list(self.learner.weights.values()))
         norm = lora.update(self.learner, rate, self.prepared.params["clip"])
         if not math.isfinite(norm):
             raise self._diverged(f"In step {self.at.step + 1} the gradient")
-        self.at.step, self.at.micro = self.at.step + 1, 0
+        self.at.step += 1
+        self.mine, self.done = Portion(), []
         self._refuse_idle_layers()
-        return norm
+        return step, norm
+
+    def _learn_micro(self, place: int, micro: Micro, targets: int) -> None:
+        """Add one micro-batch; what is dropped out follows from where it stands, so that it is the same for anybody."""
+        params = self.prepared.params
+        lora.seed(f"{params['seed']}/{self.at.step * self.prepared.accumulation + place}")
+        batch = self._batch(micro)
+        self.mine.loss += self._backward(batch, targets)
+        self.mine.tokens += batch.tokens
+        self.mine.targets += batch.targets
+        self.mine.done.append(place)
+
+    def _stop(self, did: list[Portion]) -> NoReturn:
+        """End this process between two micro-batches; the first saves what all of them have."""
+        held = self.ranks.collect(lora.gradients(self.learner))
+        if not self.ranks.is_first:
+            sys.exit(0)
+        self.save(did, held)
+        micros = len(portions.total(did).done)
+        say(f"stopped after {self.at.step} steps and {micros} micro-batches of the next; saved")
+        sys.exit(_STOPPED)
 
     def _batch(self, micro: Micro) -> Batch:
         samples = [self.prepared.samples[index] for index in micro]
@@ -207,56 +218,40 @@ class Training:
             raise self._diverged(f"In step {self.at.step + 1} the loss")
         return part
 
-    def rate(self) -> float:
-        """The learning rate of the step that is next: up over the warm-up, then as the schedule has it."""
-        params = self.prepared.params
-        done = self.at.step / self.prepared.steps
-        falls = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-        return float(params["lr"] * min(1.0, (self.at.step + 1) / max(params["warmup"], 1)) * falls[params["schedule"]])
-
-    def _line(self, norm: float, rate: float, seconds: float) -> rows.Row:
-        """What steps.jsonl says of the step that was just done; the counts of the next one begin anew."""
+    def _line(self, did: Portion, norm: float, seconds: float) -> rows.Row:
+        """What steps.jsonl says of the step that was just done."""
         at = self.at
         at.seconds += seconds
-        at.tokens_all += at.tokens
-        at.targets_all += at.targets
-        line: rows.Row = {
+        at.tokens_all += did.tokens
+        at.targets_all += did.targets
+        return {
             "key": f"step/{at.step}",
             "error": None,
             "step": at.step,
-            "loss": at.loss,
+            "loss": did.loss,
             "grad_norm": norm,
-            "lr": rate,
-            "tokens": at.tokens,
-            "targets": at.targets,
-            "tokens_per_second": round(at.tokens / seconds, 2),
-            "targets_per_second": round(at.targets / seconds, 2),
-            "memory_bytes": self._memory_bytes(),
+            "tokens": did.tokens,
+            "targets": did.targets,
+            "tokens_per_second": round(did.tokens / seconds, 2),
+            "targets_per_second": round(did.targets / seconds, 2),
+            "memory_bytes": max(self.ranks.meet(lora.memory_bytes(self.learner))),
+            "processes": self.ranks.size,
             "eta_s": round(at.seconds / at.step * (self.prepared.steps - at.step), 1),
             "at": times.now(),
         }
-        at.loss, at.tokens, at.targets = 0.0, 0, 0
-        return line
-
-    def _memory_bytes(self) -> int:
-        """The most that was held so far, by the GPU or else by this process."""
-        import torch
-
-        if self.learner.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self.learner.device))
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
     def _tested(self) -> dict[str, Any]:
-        """The mean loss of the rows held out, when it is their turn; random numbers are not drawn for it."""
+        """The mean loss of the rows held out, when it is their turn; each process has its part of them."""
         params = self.prepared.params
         is_due = self.at.step % params["eval_every"] == 0 or self.at.step == self.prepared.steps
         if not self.prepared.held or not is_due:
             return {}
-        total = 0.0
+        part = 0.0
         with lora.unchanging(self.learner):
-            for sample in self.prepared.held:
+            for sample in self.prepared.held[self.ranks.rank :: self.ranks.size]:
                 batch = batches.collate([sample], self.learner.pad_id, packing=False)
-                total += float(lora.loss_sum(self.learner, batch))
+                part += float(lora.loss_sum(self.learner, batch))
+        total = sum(self.ranks.meet(part))
         if not math.isfinite(total):
             raise self._diverged(f"After step {self.at.step} the loss of the rows held out")
         loss = total / sum(sample.targets for sample in self.prepared.held)
@@ -280,14 +275,12 @@ class Training:
 
     def probe(self) -> None:
         """Hold the largest micro-batch once, so that memory runs out now or never; nothing is learned of it."""
-        states = lora.random_states(self.learner)
         grads = {name: each.grad for name, each in self.learner.weights.items()}
         micros = self.prepared.plan.epoch(0)
         sizes = {micro: len(micro) * max(self.prepared.plan.lengths[index] for index in micro) for micro in micros}
         self._backward(self._batch(max(micros, key=sizes.__getitem__)), 1)
         for name, each in self.learner.weights.items():
             each.grad = grads[name]
-        lora.set_random_states(self.learner, states)
 
     def _refuse_idle_layers(self) -> None:
         if self.at.step != min(IDLE_STEPS, self.prepared.steps):
@@ -311,16 +304,22 @@ class Training:
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Have all that the next micro-batch depends on in a checkpoint; older ones go, all but the one before."""
+    def save(self, did: Sequence[Portion] = (), held: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Have all that the next micro-batch depends on in a checkpoint; older ones go, all but the one before.
+
+        Of a step that has begun: what each process did, and the gradients that it holds.
+        """
         from safetensors.torch import save
 
+        did = did or [Portion()] * self.ranks.size
         tensors, values = lora.state(self.learner)
-        state = {"at": asdict(self.at), "values": values, "tensors": sorted(tensors)}
+        tensors |= portions.named(held)
+        state = {"at": asdict(self.at), "portions": [asdict(each) for each in did]}
+        state |= {"values": values, "tensors": sorted(tensors)}
         files = {**self._adapter(), TENSORS: save(tensors), STATE: json.dumps(state).encode() + b"\n"}
         if self.at.best_step not in (0, self.at.step):
             files[BEST] = self.best
-        checkpoints.save(self.run, rundir.checkpoint_name(self.at.step, self.at.micro), files)
+        checkpoints.save(self.run, rundir.checkpoint_name(self.at.step, len(portions.total(did).done)), files)
         checkpoints.retire(self.run)
 
     def _restored(self) -> Path | None:
@@ -350,7 +349,7 @@ class Training:
             about, state = (durable.load_json(folder / name) for name in (ABOUT, STATE))
             adapter, tensors = ((folder / name).read_bytes() for name in (lora.WEIGHTS, TENSORS))
             made_for, at, values = about["fingerprint"], Standing(**state["at"]), state["values"]
-            listed = state["tensors"]
+            listed, did = state["tensors"], [Portion(**each) for each in state["portions"]]
             best = adapter if at.best_step in (0, at.step) else (folder / BEST).read_bytes()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise lora.mismatch(f"{folder.name} lacks {error}") from error
@@ -364,7 +363,11 @@ class Training:
             raise lora.mismatch(f"it lacks {lost[0]}")
         lora.load_adapter(self.learner, adapter)
         lora.restore(self.learner, found, values, stepped=at.step > 0)
-        self.at, self.best = at, best
+        self.mine, gradients = portions.dealt(did, found, self.ranks.rank, self.ranks.size)
+        lora.set_gradients(self.learner, gradients)
+        self.at, self.best, self.done = at, best, portions.total(did).done
+        if len(did) != self.ranks.size and self.ranks.is_first:
+            say(portions.ANOTHER_NUMBER.format(before=len(did), now=self.ranks.size))
 
     def finish(self) -> None:
         """Have the adapter in the run's folder, as peft reads it: with `patience` the best one, else the last."""

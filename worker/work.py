@@ -15,13 +15,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from jobs import durable, rundir
+from worker import processes
 from worker.failures import DiskFull, WorkerFailure
+from worker.ranks import Ranks
 
 _STOPPED = 128 + signal.SIGTERM
 _GAVE_UP = 10
 _PARENT_POLL_S = 1.0
 _WORDS_MAX = 4000
 """Characters of a failure that travel home; the log has all of it."""
+
+
+def begin(verb: str, words: list[str]) -> int:
+    """Work on an attempt, assist in one, or check a job."""
+    if verb == "check":
+        return check(sys.stdin.buffer, sys.stdout.buffer)
+    folder, *numbers = words
+    return (main if verb == "work" else assist)(folder, *map(int, numbers))
 
 
 def main(folder: str, number: int) -> int:
@@ -39,6 +49,22 @@ def main(folder: str, number: int) -> int:
         if not durable.is_full(error):
             raise
         return _give_up(run, attempt, _disk_full(run))
+    return 0
+
+
+def assist(folder: str, number: int, rank: int) -> int:
+    """Take part in attempt `number` as one of several processes; the one that started it says how, and writes."""
+    order = json.load(sys.stdin.buffer)
+    processes.die_with_parent(order["parent"])
+    signal.signal(signal.SIGTERM, _stop)
+    _follow_parent()
+    run = rundir.Run(Path(folder))
+    attempt = run.attempt(number)
+    together = Ranks(rank, order["size"], attempt.folder / "ranks", order["wait_s"])
+    try:
+        _story(order["job"]).assist(run, order["job"], together)
+    except WorkerFailure as failure:
+        return _give_up(run, attempt, failure)
     return 0
 
 

@@ -14,7 +14,7 @@ import transformers
 from jobs import spec, training_memory
 from jobs.decoders import Shape
 from jobs.training_memory import Recipe
-from worker import batches, blanks, held, lora
+from worker import batches, blanks, held, lora, losses
 from worker.conversations import Sample
 from worker.models import ModelRequest
 
@@ -80,6 +80,21 @@ def test_the_formula_says_what_a_step_holds(tmp_path: Path, settings: dict[str, 
     said = training_memory.needs(shape, recipe)
     counted = held_at_most(made, recipe)
     assert said.tensors == pytest.approx(counted, rel=0.1), said.document()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_in_parts_take_the_memory_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """256 tokens of 16,000 words, a sixteenth of the scores at a time: the formula says what steps hold, far less."""
+    sizes = {**CONFIG, "vocab_size": 16_000}
+    made, recipe = learner(tmp_path, {"dtype": dtype}, sizes)
+    shape = Shape.of(sizes)
+    assert shape is not None
+    at_once = training_memory.needs(shape, recipe)
+    for module in (training_memory, losses):
+        monkeypatch.setattr(module, "PART_BYTES", 16 * 16_000 * 4)
+    said = training_memory.needs(shape, recipe)
+    assert said.tensors == pytest.approx(held_at_most(made, recipe), rel=0.1), said.document()
+    assert said.tensors < at_once.tensors - 10e6
 
 
 def test_memory_that_is_freed_is_not_held() -> None:

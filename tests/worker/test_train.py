@@ -118,13 +118,13 @@ def refused(run: rundir.Run, document: dict[str, Any], kind: type[WorkerFailure]
 
 
 def stopped(run: rundir.Run, monkeypatch: pytest.MonkeyPatch, document: dict[str, Any]) -> Path:
-    """A run with a checkpoint after its first two steps."""
+    """A run with a checkpoint after its first two steps and a micro-batch of the third."""
     with monkeypatch.context() as patch:
-        schooling.stopping(patch, micros=4)
+        schooling.stopping(patch, micros=5)
         with pytest.raises(SystemExit):
             schooling.attend(run, document)
     [folder] = run.checkpoints()
-    assert folder.name == "checkpoint-2"
+    assert folder.name == "checkpoint-2.1"
     return folder
 
 
@@ -141,11 +141,11 @@ def forge(folder: Path, **changed: bytes | None) -> None:
     (folder / rundir.MANIFEST).write_text(json.dumps(listed))
 
 
-@pytest.mark.parametrize("part", ["optimizer/", "random/"])
+@pytest.mark.parametrize("part", ["optimizer/", "gradient/"])
 def test_a_checkpoint_without_a_part_of_its_state_is_refused(
     run: rundir.Run, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
-    """Optimizer state or random numbers that are missing end the run with words, never with a fresh optimizer."""
+    """Optimizer state or gradients that are missing end the run with words, never with a fresh optimizer."""
     folder = stopped(run, monkeypatch, schooling.job(**SHORT))
     tensors = load_file(folder / train.TENSORS)
     first = next(name for name in sorted(tensors) if name.startswith(part)).rpartition("/")[0]
@@ -270,11 +270,9 @@ def test_an_adapter_of_another_base_is_refused(run: rundir.Run, tmp_path: Path) 
 def test_the_largest_micro_batch_is_held_first_and_changes_nothing(
     run: rundir.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Probing the memory leaves gradients and random numbers as they were."""
+    """Probing the memory leaves gradients as they were."""
     document = schooling.job(**SHORT)
     prepared = train.curriculum.prepare(document, run, print)
     training = train.Training(run, prepared, lora.load(prepared.request, prepared.settings))
-    before = torch.get_rng_state()
     training.probe()
-    assert torch.equal(torch.get_rng_state(), before)
     assert all(each.grad is None for each in training.learner.weights.values())
