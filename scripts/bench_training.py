@@ -253,10 +253,10 @@ def figures() -> Iterator[Figure | str]:
             (place / "run").mkdir(parents=True)
             make_model(place, sizes)
         yield (
-            f"transformers {transformers.__version__}, torch {torch.__version__}; a random Qwen2, 4 layers of "
-            f"{LARGER['hidden_size']}, {LARGER['vocab_size']} words, float32, {THREADS} thread; LoRA r 8 on q and v; {ROWS} rows of {SHORTEST} to "
-            f"{LONGEST} tokens, half learned; {ACCUMULATION} micro-batches a step, packed ones of {MOST} tokens; "
-            f"{STEPS - WARM} steps; tokens a second of CPU time; medians of {ROUNDS} rounds in turns"
+            f"transformers {transformers.__version__}, torch {torch.__version__}; a random Qwen2 of {LARGER}, float32, "
+            f"{THREADS} thread; LoRA r 8 on q and v; {ROWS} rows of {SHORTEST} to {LONGEST} tokens, half learned; "
+            f"{ACCUMULATION} micro-batches a step, packed ones of {MOST} tokens; {STEPS - WARM} steps; tokens a second "
+            f"of CPU time; medians of {ROUNDS} rounds in turns"
         )
         yield from compared(folder)
         yield from packing(small)
