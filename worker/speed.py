@@ -62,7 +62,8 @@ def plan(job: dict[str, Any], run: rundir.Run, scratch: Path, say: curriculum.Sa
     params = job["params"]
     if params["warm_steps"] >= params["steps"]:
         raise ConfigFailure(
-            f"warm_steps={params['warm_steps']} leaves none of {params['steps']} steps to measure.", "--set steps=12"
+            f"warm_steps={params['warm_steps']} leaves none of {params['steps']} steps to measure.",
+            f"--set steps={params['warm_steps'] + 10}",
         )
     if params["dataset"] is not None:
         is_blank = params["weights"] == "random"
