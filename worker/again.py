@@ -23,7 +23,7 @@ def asked(parts: Sequence[Prepared]) -> list[Prepared]:
 
 def _again(part: Prepared, count: int) -> Prepared:
     drawn = worked.lowest(part.example_ids, count)
-    batch_size = _ANOTHER if part.params["batch_size"] == _BATCH_SIZE else _BATCH_SIZE
+    batch_size = _ANOTHER if part.params.get("batch_size") == _BATCH_SIZE else _BATCH_SIZE
     items = [
         item for item in part.items if item.sample_index == 0 and shares.listed(part.job, item.example.id) in drawn
     ]

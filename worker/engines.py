@@ -94,7 +94,7 @@ def grouped(parts: Iterable[Prepared]) -> list[list[Prepared]]:
     groups: dict[str, list[Prepared]] = {}
     for part in parts:
         served = [part.params.get(name) for name in _OF_SERVERS] if part.engine == "openai" else []
-        size = part.params["batch_size"] if part.engine != "hf" else None  # which a server, or vLLM, begins with
+        size = part.params.get("batch_size") if part.engine != "hf" else None  # which a server, or vLLM, begins with
         groups.setdefault(repr((part.engine, part.request, served, size)), []).append(part)
     return list(groups.values())
 
