@@ -13,6 +13,7 @@ from tests.orchestrator import playing_hub
 from tests.orchestrator.playing_hub import instruct_8b
 
 NAME = "maker/chat-8b"
+MODEL = ("--set", f"model={NAME}", "--set", "dataset=generated")
 SHORT = ("--set", "steps=3", "--set", "warm_steps=1", "--set", "batch_tokens=128", "--set", "max_length=64")
 
 
@@ -46,7 +47,7 @@ def test_a_measurement_comes_home_with_its_figures(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("_hub")
 def test_a_training_says_where_it_fits_before_anything_is_rented(light_cloud: Cloud) -> None:
     """What it takes, the GPUs it fits on with their prices, and those that are too small; nothing is rented."""
-    done = gpu("run", "train-qlora", "--set", f"model={NAME}", "--gpu", "A100", "--dry-run")
+    done = gpu("run", "train-qlora", *MODEL, "--gpu", "A100", "--dry-run")
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     assert "Training it at 4096 tokens a micro-batch takes 16.5 GB (weights 5.7, adapter 1.7" in said
@@ -58,7 +59,7 @@ def test_a_training_says_where_it_fits_before_anything_is_rented(light_cloud: Cl
 @pytest.mark.parametrize("more", [("--dry-run",), ("-y",)])
 def test_a_training_that_does_not_fit_is_refused_with_what_would(light_cloud: Cloud, more: tuple[str, ...]) -> None:
     """LoRA of 8B at 8,192 tokens on an A10: refused, dry run or not, with settings that fit there."""
-    done = gpu("run", "train-lora", "--set", f"model={NAME}", "--set", "batch_tokens=8192", "--gpu", "A10", *more)
+    done = gpu("run", "train-lora", *MODEL, "--set", "batch_tokens=8192", "--gpu", "A10", *more)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "has 24 GB. Nothing was rented." in done.stderr
     assert "--set activation_checkpointing=true --set quantization=nf4 --set batch_tokens=" in done.stderr
