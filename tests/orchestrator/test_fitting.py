@@ -41,14 +41,14 @@ def test_the_memory_of_qlora_on_8b_is_what_one_counts_by_hand() -> None:
     assert said.weights == pytest.approx(body * 0.515869 + 2 * (8_030_261_248 - body), rel=1e-6)
     assert said.adapter == 10 * adapter
     assert said.activations == 32 * 4096 * 4096 * 2
-    assert said.work == 12 * 4096 * 128_256
+    assert said.work == 4096 * (296_832 + 6 * 14_336) + 2 * 4096 * 14_336  # a layer, its way back, a matrix in full
     assert said.on_gpu == pytest.approx(1.05 * said.tensors + 1e9)
 
 
 def test_a_training_is_sized_and_fits_or_not(played: PlayedHub) -> None:
     """QLoRA on 8B fits on 24 GB; LoRA in 16 bits at as many tokens does not, and is refused with what would."""
     small = look("train-qlora")
-    assert small.needed_vram_gb == pytest.approx(18, abs=1)
+    assert small.needed_vram_gb == pytest.approx(12.8, abs=0.5)
     assert finding(small, 24.0) is None
     large = look("train-lora", batch_tokens=8192)
     refused = finding(large, 24.0)

@@ -55,7 +55,7 @@ def attempt(run: Run, number: int, seconds: float, about: Any = ABOUT, **changes
             took = 9 * seconds if step == 1 else seconds
             line = {"key": f"step/{step}", "error": None, "step": step, "tokens": 12_000, "targets": 6000}
             line |= {"slots": 16_384, "slots_most": 4096, "tokens_per_second": 12_000 / took, "warm": step == 1}
-            out.append({**line, "memory_bytes": 15_000_000_000, "held_bytes": 9_100_000_000, **changes})
+            out.append({**line, "memory_bytes": 15_000_000_000, "held_bytes": 8_000_000_000, **changes})
 
 
 def test_only_the_newest_attempt_counts_and_no_warm_step(run: Run) -> None:
@@ -97,9 +97,9 @@ def test_offers_are_priced_by_the_share_that_was_reached(run: Run) -> None:
     """An A100 has 312 TFLOP/s where the H100 here did 700: hours grow as much; what does not fit has no price."""
     attempt(run, 1, 2.0)
     found = speeds.summarise(run)
-    large, small = offer(80.0), offer(16.0)
+    large, small = offer(80.0), offer(10.0)
     lines = speeds.priced(found, [_named(large, "A100 SXM4", 2.0), _named(small, "RTX 4090", 0.5)])
-    assert [line[:2] for line in lines] == [["RTX 4090 16 GB", "no"], ["A100 SXM4 80 GB", "yes"]]
+    assert [line[:2] for line in lines] == [["RTX 4090 10 GB", "no"], ["A100 SXM4 80 GB", "yes"]]
     hours = found["hours"] * 700e12 / 312e12
     assert float(lines[1][2]) == pytest.approx(hours, rel=0.01)
     assert float(lines[1][3]) == pytest.approx(2 * hours, rel=0.01)
