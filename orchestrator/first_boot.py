@@ -26,6 +26,7 @@ _MODULES = (
     "jobs/rows.py",
     "jobs/rundir.py",
     "jobs/spec.py",
+    "jobs/suites.py",
     "jobs/times.py",
     "jobs/trees.py",
     "worker/__init__.py",

@@ -15,8 +15,7 @@ import click
 import pytest
 
 from jobs import durable, locks, rows, rundir
-from orchestrator import advance, cli, journey, machines, runs, transport
-from orchestrator.cli import results
+from orchestrator import advance, cli, journey, machines, runs, summary, transport
 from orchestrator.errors import ConfigError, JobFailed, NotReachable, WorkerLost
 from orchestrator.home import Arrivals
 from orchestrator.runs import Run
@@ -343,7 +342,7 @@ def test_a_summary_older_than_the_run_is_made_anew(counting_run: Make, on_machin
     set_off(run, on_machine(run))
     journey.stop(run, 1.0)
     durable.save_json(run.home.summary, older)
-    found = results.load_summary(run)
+    found = summary.current(run)
     assert found["n_rows"] == run.record.rows_home > older["n_rows"]
     assert durable.load_json(run.home.summary) == found
 
