@@ -168,6 +168,7 @@ def test_resets_during_a_follow(wire: Wire, counting_run: Make, started: Command
     assert_goes_on(wire, run, command, 80)
 
 
+@pytest.mark.slow
 def test_a_link_that_is_down_for_a_moment_is_not_noticed(wire: Wire, counting_run: Make, started: Commands) -> None:
     """A cable out for less than 20 s: the same connection goes on, and nothing is said."""
     run = counting_run(on="box", count=100, pace_s=0.05)

@@ -81,6 +81,7 @@ def test_ctrl_c_says_what_goes_on_costing(quick: Cloud) -> None:
         assert f"gpu terminate {name}" in said
 
 
+@pytest.mark.slow
 def test_cron_gives_back_what_a_detached_run_had(quick: Cloud, tmp_path: Path) -> None:
     """A run that nobody follows is told of once it has ended, and --terminate holds by `gpu advance --all`, once."""
     script = tmp_path / "listen.sh"
@@ -102,6 +103,7 @@ def test_cron_gives_back_what_a_detached_run_had(quick: Cloud, tmp_path: Path) -
 FAILS_FIRST = ("--", "sh", "-c", "[ -e again ] || { touch again; exit 3; }; sleep 1")
 
 
+@pytest.mark.slow
 def test_a_machine_kept_after_a_failure_is_left_alone(quick: Cloud) -> None:
     """Kept for somebody to look, it is not idle; its deadline stays; a run taken up there again has all its time."""
     words = ("--terminate", "--keep-on-failure", "60", "--idle-minutes", "0.001", "--max-hours", "5")

@@ -132,6 +132,7 @@ def test_an_idle_machine_is_ended_by_what_is_typed(quick: Cloud, words: tuple[st
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_the_machine_that_is_about_to_be_used_is_not_idle(quick: Cloud, counting_run: Callable[..., Run]) -> None:
     """A run begun on an idle machine uses it; other idle ones are given back, and rows come home from them first."""
     for name in ("a10", "other"):

@@ -44,6 +44,7 @@ def running(box: Sshd, run: Run) -> None:
     until(lambda: made(box, run) >= 3)
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_never_heard_again_is_not_forgotten(box: Box, counting_run: Make) -> None:
     """Taken over, planned back on the silent machine and moved once more: its own word is needed each time."""
     first = box("first")
@@ -76,6 +77,7 @@ def test_a_changed_host_key_can_be_left_by_taking_over(box: Box, counting_run: M
     assert there(second, run).state().state == "ended"
 
 
+@pytest.mark.slow
 def test_a_forgotten_machine_bricks_no_run(box: Box, counting_run: Make) -> None:
     """What was on a machine that is forgotten can be shown, stopped, reported and carried on elsewhere."""
     first, second = box("first"), box("second")

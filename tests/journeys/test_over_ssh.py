@@ -139,6 +139,7 @@ def test_a_stopped_run_goes_on_elsewhere(box: Box, counting_run: Make) -> None:
     assert_home(run, 40, first, second)
 
 
+@pytest.mark.slow
 def test_a_run_comes_back_to_a_machine_it_was_on(box: Box, counting_run: Make) -> None:
     """From one machine to another and back: the first one is told what the other made, and makes none of it again."""
     first, second = box("first"), box("second")

@@ -61,6 +61,7 @@ def test_a_template_without_generation_prompt_is_an_error_where_none_is_a_choice
     assert durable.load_json(run.home.summary)["resolved"]["identity"]["template_digest"] == "none"
 
 
+@pytest.mark.slow
 def test_a_score_out_of_range_stops_the_run_and_a_resume_goes_on(trained: None) -> None:
     """`expect` stops a run that surely lies outside, shows completions, and keeps its rows; a resume finishes it."""
     done = gpu("run", "eval-gsm8k", "-q", "--limit", "100", "--set", "expect=0.0..0.05", "--set", "batch_size=8")
@@ -76,6 +77,7 @@ def test_a_score_out_of_range_stops_the_run_and_a_resume_goes_on(trained: None) 
     assert run.record.rows_home == 500
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_dataset_explains_and_stops(trained: None) -> None:
     """When the dataset changed since the run began, a resume names what differs and keeps the rows."""
     path = Path("data.jsonl")
@@ -91,6 +93,7 @@ def test_a_resume_with_another_dataset_explains_and_stops(trained: None) -> None
     assert run.home.rows.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_trained_model_travels_with_its_run(trained: None) -> None:
     """Where the machine has lost run and model, a resume takes both from home: nothing is trained, one fingerprint."""
     assert gpu("run", "eval-gsm8k", "-q", "--limit", "2", "--set", "samples=1").returncode == 0
@@ -105,6 +108,7 @@ def test_the_trained_model_travels_with_its_run(trained: None) -> None:
     assert not (machines.this_computer().root / "models").exists(), "nothing was trained"
 
 
+@pytest.mark.slow
 def test_worked_examples_come_from_where_they_are_said_to() -> None:
     """`shots` puts the first k worked examples of `shots_dataset` before every prompt; without one, a file has none."""
     Path("test.jsonl").write_text(PROBLEM.format(1, 3), encoding="utf-8")

@@ -114,6 +114,7 @@ def test_the_same_with_the_waits_as_they_are(cloud: Cloud) -> None:
     assert 429 not in [call.status for call in cloud.core.calls]
 
 
+@pytest.mark.slow
 def test_the_same_launch_twice_at_once_is_one_machine(quick: Cloud) -> None:
     """Two launches without a name rent one machine: the second is told of the first. With names they are two."""
     both = [begun(*A10, "-q") for _ in range(2)]

@@ -219,6 +219,7 @@ def test_another_laptop_finds_what_this_one_lost(quick: Cloud, tmp_path: Path, m
     assert not document("cost")["machines"][0]["open"]
 
 
+@pytest.mark.slow
 def test_a_deadline_stands_with_the_machine(quick: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the key is known, such as scheduled CI, what is past its deadline is ended, and nothing else."""
     assert gpu("launch", "late", "--gpu", "A10", "-y", "--no-wait", "--max-hours", "0.002").returncode == 0
@@ -311,6 +312,7 @@ def small_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 @pytest.mark.parametrize("is_closed", [True, False], ids=["read-only", "full"])
+@pytest.mark.slow
 def test_a_disk_that_takes_nothing_keeps_no_machine(quick: Cloud, small_state: Path, is_closed: bool) -> None:
     """With a state folder that is full, or read-only, nothing is rented, and what is rented can be given back."""
     for name in ("one", "two"):
@@ -336,6 +338,7 @@ def test_a_disk_that_takes_nothing_keeps_no_machine(quick: Cloud, small_state: P
     assert [entry["open"] for entry in document("cost")["machines"]] == [False, False]
 
 
+@pytest.mark.slow
 def test_a_deadline_stops_nothing_elsewhere(quick: Cloud, counting_run: Callable[..., Run]) -> None:
     """A machine that a run has left, and that is past its deadline, is ended; the run goes on where it is."""
     assert gpu(*A10, "--no-wait").returncode == 0

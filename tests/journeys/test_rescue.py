@@ -125,6 +125,7 @@ def is_done(lost: Outbid, number: int = 3 * MADE) -> None:
     assert not any(path.name != "gate" for rental in rentals.known() for path in rental.folder.glob("rescued/*"))
 
 
+@pytest.mark.slow
 def test_rows_are_rescued_from_an_outbid_container(lost: Outbid) -> None:
     """What the container had not sent comes from its disk, it is destroyed, and no rescued row is computed again."""
     lost.begin()

@@ -44,6 +44,7 @@ def test_rented_machines_share_a_run_and_are_given_back(quick: Cloud) -> None:
     assert of_run["rows"] == 30
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_done_goes_back_while_the_others_work(quick: Cloud) -> None:
     """Of three examples one machine has one: with nothing more for it, it costs nothing while the other goes on."""
     run = rented(2, Caps(budget_usd=3.0), 3, pace_s=6.0)
@@ -70,6 +71,7 @@ def test_a_machine_that_boots_for_long_is_not_waited_for(quick: Cloud) -> None:
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_who_leaves_is_told_of_every_machine_that_goes_on_costing(quick: Cloud) -> None:
     """`--detach` names both machines and their price together; the resume that ends the run gives both back."""
     run = rented(2, Caps(max_hours=1.0), 200, pace_s=0.1)
@@ -86,6 +88,7 @@ def test_who_leaves_is_told_of_every_machine_that_goes_on_costing(quick: Cloud) 
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_machines_that_were_launched_before_are_told_of_and_given_back(quick: Cloud) -> None:
     """Of machines named by `--on`, those that are rented go on costing, which is said; `--terminate` ends them."""
     for name in "ab":

@@ -93,6 +93,7 @@ def test_a_failed_run_gives_its_machine_back_too(quick: Cloud, tmp_path: Path) -
     assert [entry["event"] for entry in told(tmp_path)] == ["run_failed"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_elsewhere_when_its_machine_vanishes(quick: Cloud, tmp_path: Path) -> None:
     """A machine that its provider calls gone is replaced, and the run ends well; both are in the ledger."""
     listen(tmp_path)
@@ -137,6 +138,7 @@ def test_cron_tells_that_most_of_a_budget_is_spent(quick: Cloud, tmp_path: Path)
     assert gpu("terminate", "box", "-y").returncode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_machine_and_says_so(quick: Cloud) -> None:
     """Interrupted, the run goes on and its machine stays, bounded by its caps; a resume follows it to the end."""
     command = begun("run", *A10, "--terminate", *count(100))

@@ -106,6 +106,7 @@ def test_the_guard_ends_a_container_by_itself(quick: Vast) -> None:
     assert rental().record.state == "gone"
 
 
+@pytest.mark.slow
 def test_a_deadline_stands_with_the_container(quick: Vast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stuck while it boots, so that no guard has begun: where only the key is known, what is past its deadline ends."""
     quick.fault("boot-stuck", times=2, seconds=3000.0)

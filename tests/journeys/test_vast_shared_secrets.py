@@ -57,6 +57,7 @@ def _is_of(path: Path, hosts: Path) -> bool:
     return _has(path, [str(hosts).encode()])
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_a_host_of_a_shared_run_or_a_new_bid(quick: Vast, tmp_path: Path) -> None:
     """Two containers on bids, one outbid and replaced: at no moment does a host's file, log or process tell one."""
     run, hosts = rented(2, Caps(budget_usd=3.0), 120, pace_s=0.2), tmp_path / "vast"

@@ -81,6 +81,7 @@ def test_what_auto_will_be_is_told_before_anything_starts(
     assert engines.expected({"lr": 1e-4}, None, None) is None
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_the_engine_there(box: Callable[..., Sshd]) -> None:
     """On a machine with a Python of its own `auto` may be vLLM; on this computer it is what is installed here."""
     box("box")

@@ -34,6 +34,7 @@ def said(asked: dict[str, Any]) -> str:
 GOOD = {"prompt": "What is 1 + 1?", "completion": "2"}
 
 
+@pytest.mark.slow
 def test_the_first_rows_are_said_before_anything_costs() -> None:
     """Three rows with what is learned of them marked, how many there are, and what is left out."""
     words = said(document(dataset=rows(*[GOOD] * 30, {"prompt": "And?", "completion": ""})))

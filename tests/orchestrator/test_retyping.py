@@ -74,6 +74,7 @@ def test_a_command_is_told_with_what_it_brings_home() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_line_typed_again_asks_for_the_same() -> None:
     """`gpu run …` with the words of the line makes a dry run with the same parameters."""
     run = keeping.begun({"samples": "2", "dataset": "generated", "instruction": "Say it | 'so'\nnow."}, limit=1)

@@ -95,6 +95,7 @@ def test_an_adapter_answers_as_merged_weights_do(model: Path, tmp_path: Path) ->
     assert with_adapter == merged != base
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_rows_of_one_that_was_not(model: Path, tmp_path: Path) -> None:
     """Killed in the middle and resumed, sampled rows are those of a run that was never interrupted, each made once."""
     questions = evaluating.save_questions(tmp_path / "questions.jsonl", 30)

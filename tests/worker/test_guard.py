@@ -187,6 +187,7 @@ def test_nothing_is_ended_by_a_guess(box: Guarded, cloud: Cloud, listed: list[tu
     until(lambda: cloud.ended() == ["own"])
 
 
+@pytest.mark.slow
 def test_a_guard_that_is_killed_anywhere_is_followed_by_another(box: Guarded, cloud: Cloud) -> None:
     """Killed again and again at random moments, it leaves a sound state behind, and the end comes once it is due."""
     chance, spoilt = random.Random(7), b'{"clock": {"epoch": 1e3'

@@ -108,6 +108,7 @@ def test_the_folder_of_a_mirror_is_made_alone(run: rundir.Run, tmp_path: Path) -
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow
 def test_a_mirror_that_is_killed_goes_on(counting_run: Callable[..., Run], mirror: Path) -> None:
     """Kill what copies again and again: the run does not notice, and all is in the mirror in the end, once."""
     made = counting_run(count=80, pace_s=0.05)

@@ -197,6 +197,7 @@ def _stop_once(script: Script) -> None:
         raise WorkerFailure("stop here")
 
 
+@pytest.mark.slow
 def test_a_run_behind_a_server_is_resumed_after_a_kill(tmp_path: Path) -> None:
     """Killed in the middle, a run asks a server only for what is missing, wherever the server is by then; its rows say
     what was sent, and its key is in no file."""

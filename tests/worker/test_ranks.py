@@ -172,6 +172,7 @@ def test_a_term_saves_once_and_is_gone_on_from(
     assert close(run, calm)
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_not_waited_for_without_end(run: rundir.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that does not come to a meeting in time ends the attempt, with words of what was waited for."""
     monkeypatch.setattr(ranks, "WAIT_S", 2.0)

@@ -150,6 +150,7 @@ def test_a_run_starts_its_server_and_ends_it(tmp_path: Path) -> None:
     assert not processes.marked(str(there.folder))
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_fails_the_run_and_a_resume_carries_on(tmp_path: Path) -> None:
     """Its death ends the run at once, with its last words; rows are kept, and a resume makes exactly the others."""
     run = served(tmp_path, dies_after=15)
@@ -171,6 +172,7 @@ def test_a_server_that_dies_in_the_middle_fails_the_run_and_a_resume_carries_on(
 
 @linux_only
 @pytest.mark.parametrize("victims", [["worker"], ["supervisor", "worker"]])
+@pytest.mark.slow
 def test_a_server_does_not_outlive_a_killed_worker(tmp_path: Path, victims: list[str]) -> None:
     """Whoever of a run is killed, its server and what that started are gone, and the rows so far are there."""
     run = served(tmp_path, slow_s=0.05, children=1)
@@ -248,6 +250,7 @@ def test_a_server_that_never_gets_healthy_ends_the_command(tmp_path: Path) -> No
     assert Path("results", run_id, "machines/local/attempts/0001/server.log").read_text() == "loading the weights\n"
 
 
+@pytest.mark.slow
 def test_what_servers_were_paid_is_in_the_summary(tmp_path: Path) -> None:
     """With prices given, the summary's cost counts what each answer cost."""
     questions = evaluating.save_questions(tmp_path / "questions.jsonl", 3)
