@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,18 @@ def work(run, attempt, job):
             print("row", index, flush=True)
             time.sleep(params.get("pace_s", 0))
 '''
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `first(n)`, the cases after its first n run with `scripts/test --all`, as slow ones do."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if marker := item.get_closest_marker("first"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > marker.args[0]:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

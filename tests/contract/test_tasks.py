@@ -122,6 +122,7 @@ def test_no_reply_breaks_a_rule(name: str, reply: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.first(4)
 def test_a_run_makes_rows_that_are_scored_again_alike(name: str, model: Path, tmp_path: Path) -> None:
     """Each example has a row with all that is promised, and scoring the rows again gives the scores they have."""
     benchmark, job, task = BENCHMARKS[name], JOBS[name], tasks.get(name)

@@ -111,6 +111,7 @@ def test_an_end_is_asked_for_until_it_comes(stage: Stage, fault: str) -> None:
 
 
 @pytest.mark.parametrize("way_out", WAYS_OUT)
+@pytest.mark.first(2)
 def test_dying_somewhere_leaks_nothing(stage: Stage, way_out: str) -> None:
     """Killed at some effect of a journey with each fault, each way out leaves nothing that costs money.
 
@@ -122,6 +123,7 @@ def test_dying_somewhere_leaks_nothing(stage: Stage, way_out: str) -> None:
 
 
 @pytest.mark.parametrize("way_out", WAYS_OUT)
+@pytest.mark.first(3)
 def test_dying_anywhere_leaks_nothing(stage: Stage, way_out: str) -> None:
     """Killed at every third effect of a journey without faults, each way out leaves nothing that costs money."""
     for dies_at in range(1 + list(WAYS_OUT).index(way_out) % 3, effects(stage, "nothing") + 1, 3):

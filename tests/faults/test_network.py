@@ -119,6 +119,7 @@ def test_a_dropped_connect_is_said(wire: Wire, counting_run: Make) -> None:
         pytest.param(("OUTPUT",), id="from it", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_packets_dropped_during_a_follow(
     wire: Wire, counting_run: Make, started: Commands, chains: tuple[Chain, ...]
 ) -> None:
@@ -239,6 +240,7 @@ def test_one_packet_in_ten_lost(wire: Wire, counting_run: Make) -> None:
 
 
 @pytest.mark.parametrize("how", ["rst", "fin"])
+@pytest.mark.first(1)
 def test_a_login_cut_at_any_byte_is_no_refusal(
     machine_room: Callable[..., Sshd],
     proxies: Callable[[Reachable], Proxy],

@@ -38,6 +38,7 @@ def test_a_killed_evaluation_ends_as_if_nothing_had_happened(trained: None) -> N
         pytest.param("eval-generation", 80, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_every_job_that_grades_what_was_generated_can_be_killed(trained: None, job: str, total: int) -> None:
     """Killed at 2 random moments, each such job ends with the rows of a run that was left alone."""
     samples = {"eval-math": 5, "eval-humaneval": 20, "eval-generation": 5, "eval-prompts": 20}[job]

@@ -25,6 +25,7 @@ STREAMS: dict[str, tuple[float, Callable[[random.Random], float]]] = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.first(2)
 def test_the_truth_is_hardly_ever_excluded_at_any_time(name: str) -> None:
     """Over 2,000 streams of 500, the share in which the truth is ever excluded is at most 1 %, give or take chance."""
     truth, draw = STREAMS[name]

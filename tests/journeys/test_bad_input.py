@@ -65,6 +65,7 @@ def test_a_wrong_word_is_named_with_the_right_one(words: list[str], said: str) -
     ],
     ids=["empty", "not-json", "no-answer", "latin-1", "not-an-object", "no-gold"],
 )
+@pytest.mark.first(3)
 def test_a_bad_dataset_is_refused_with_the_row_named(content: bytes, said: str) -> None:
     """A dataset that cannot be used ends with exit code 3 and says which line is at fault, before any model is made."""
     Path("data.jsonl").write_bytes(content)
@@ -105,6 +106,7 @@ def test_a_model_without_weights_is_refused(models: Path) -> None:
     ],
     ids=["raises", "hangs", "wrong-count", "dies"],
 )
+@pytest.mark.slow
 def test_a_broken_reranker_is_an_error_on_its_column(trained: None, body: str, said: str) -> None:
     """A re-ranker that raises, hangs, dies or miscounts leaves the run sealed; its column says why it is empty."""
     Path("rank.py").write_text(f"def score(problem, candidates):\n    {body}\n", encoding="utf-8")

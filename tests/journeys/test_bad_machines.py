@@ -204,6 +204,7 @@ def test_a_login_shell_that_runs_nothing(machine_room: Room, shell: str, said: s
     ],
     ids=["tmux", "exec", "exit", "endless", "endless line"],
 )
+@pytest.mark.first(2)
 def test_login_files_that_stop_every_command(machine_room: Room, bashrc: str, said: str) -> None:
     """A .bashrc that replaces, ends or floods every session is named, with what it said last."""
     server = machine_room()
@@ -224,6 +225,7 @@ def test_a_login_file_that_hangs(machine_room: Room) -> None:
     ["echo welcome; printf 'no newline'\n", "echo oops >&2\n", "set -u\nalias exec=false\n", "printf '\\377\\000'\n"],
     ids=["prints", "complains", "options", "bytes"],
 )
+@pytest.mark.first(2)
 def test_login_files_that_print(machine_room: Room, bashrc: str) -> None:
     """What a .bashrc prints is in nobody's way."""
     server = machine_room()
@@ -265,6 +267,7 @@ def test_a_home_without_space_or_read_only(machine_room: Room) -> None:
 
 
 @pytest.mark.parametrize("locale", ["de_DE.ISO-8859-1", "C"])
+@pytest.mark.first(1)
 def test_a_locale_without_utf8(box: Box, tmp_path: Path, locale: str) -> None:
     """Names beyond ASCII are sent, run and brought home whatever the machine's locale is."""
     server = box()

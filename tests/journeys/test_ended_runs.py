@@ -50,6 +50,7 @@ def test_a_run_that_never_begins_gives_its_machine_back(quick: Cloud) -> None:
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_left_is_said_to_cost(quick: Cloud) -> None:
     """Without --terminate a machine stays, whether the run failed or not: what it costs is said, even quietly."""
     failed = gpu("run", "-q", "--gpu", "A10", "-y", *UNUSABLE, *lines(1))

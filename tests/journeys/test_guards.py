@@ -120,6 +120,7 @@ def test_a_guard_that_is_not_alive_is_said(quick: Cloud) -> None:
 
 
 @pytest.mark.parametrize("words", [("audit",), ("launch", "--gpu", "H100", "--dry-run"), ("advance", "--all")])
+@pytest.mark.first(1)
 def test_an_idle_machine_is_ended_by_what_is_typed(quick: Cloud, words: tuple[str, ...]) -> None:
     """Ready for longer than its idle minutes, and idle by its own word, it is given back by any command with caps."""
     assert gpu(*A10, "--idle-minutes", "0.001").returncode == 0

@@ -67,6 +67,7 @@ def test_a_run_comes_home_whole_over_ssh(box: Box, counting_run: Make) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 500, 1500, 2500, 3500, 5000, 8000, 12_000, 20_000])
+@pytest.mark.first(3)
 def test_a_connection_cut_at_any_byte_starts_the_run_once(
     box: Box, counting_run: Make, proxies: Callable[[Reachable], Proxy], machine_room: Box, count: int
 ) -> None:

@@ -190,6 +190,7 @@ def test_what_another_computer_runs_there_is_not_destroyed(quick: Cloud) -> None
         pytest.param("publickey-denied", {}, "does not let us in", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.first(1)
 def test_a_machine_that_is_no_good_is_given_back(quick: Cloud, fault: str, how: dict[str, Any], said: str) -> None:
     """What is not what was paid for goes back, with words that say why, and the next offer is tried."""
     quick.fault(fault, **how)
@@ -317,6 +318,7 @@ def test_a_launch_that_returns_early_is_gone_on_with(quick: Cloud) -> None:
 
 
 @pytest.mark.parametrize("fault", ["vanishes", "goes-unhealthy"])
+@pytest.mark.first(1)
 def test_cron_notices_that_a_machine_is_no_more(quick: Cloud, fault: str) -> None:
     """Nobody works on it: that it vanished, or was unhealthy for long, ends what it costs here, and the cost itself."""
     waits = {"vanishing._TWICE_S": 0.1, "vanishing._UNHEALTHY_S": 0.5}

@@ -56,6 +56,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("words", "code", "said"), BAD_WISHES, ids=lambda value: str(value)[:30])
+@pytest.mark.first(8)
 def test_a_wish_that_cannot_be(light_cloud: Cloud, words: list[str], code: int, said: str) -> None:
     """What nobody offers, or what makes no sense, is refused before anything is asked for or remembered."""
     assert is_refused(gpu("launch", "-y", "-q", *words), code, said)
@@ -111,6 +112,7 @@ def test_a_provider_that_does_not_answer_as_it_should(light_cloud: Cloud, fault:
 
 
 @pytest.mark.parametrize(("fault", "code"), [("quota", PROVIDER), ("inactive", PROVIDER), ("no-capacity", PROVIDER)])
+@pytest.mark.first(1)
 def test_a_provider_that_says_no(light_cloud: Cloud, fault: str, code: int) -> None:
     """A launch that is refused ends, says why, leaves the name free, and is not asked for again; cost is nothing."""
     light_cloud.fault(fault, when="launch", times=None)
@@ -185,6 +187,7 @@ def test_two_launches_at_once_keep_a_limit_together(light_cloud: Cloud) -> None:
 @pytest.mark.parametrize(
     "words", [("run", "--on", "local", "--budget", "2"), ("run", "--count", "8"), ("resume", "--max-hours", "1")]
 )
+@pytest.mark.first(1)
 def test_a_cap_that_would_not_hold_is_refused(light_cloud: Cloud, words: tuple[str, ...]) -> None:
     """A cap, or a wish about a machine, is not passed over in silence where nothing is rented."""
     assert gpu("run", "-q", "--environment", "none", "--", "true").returncode == 0

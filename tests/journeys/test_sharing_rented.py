@@ -59,6 +59,7 @@ def test_a_machine_that_is_done_goes_back_while_the_others_work(quick: Cloud) ->
     assert billing(quick) == []
 
 
+@pytest.mark.slow
 def test_a_machine_that_boots_for_long_is_not_waited_for(quick: Cloud) -> None:
     """When the others have done its part, one on its way up is given back: the run ends when its rows are home."""
     quick.fault("boot-stuck", after=1, seconds=900.0)

@@ -176,6 +176,7 @@ def test_where_no_bid_is_taken_a_fixed_price_is(both_clouds: Both) -> None:
 
 
 @pytest.mark.parametrize("when", ["planned", "asked"])
+@pytest.mark.first(1)
 def test_a_cloud_that_refuses_is_passed_over(both_clouds: Both, when: str) -> None:
     """Without credit at the cheaper cloud the other one is asked, and that is said, unless one cloud was named."""
     vast, other = both_clouds.vast, both_clouds.lambda_cloud
@@ -207,6 +208,7 @@ def test_a_bid_is_what_was_typed(quick: Vast) -> None:
 
 
 @pytest.mark.parametrize("fault", ["delivers-gpu", "wrong-type", "wrong-price", "smi-wrong-memory"])
+@pytest.mark.first(1)
 def test_what_was_not_asked_for_is_destroyed(quick: Vast, fault: str) -> None:
     """Another GPU, or a container that can be taken away where a fixed price was asked for, goes back at once."""
     quick.fault(fault)

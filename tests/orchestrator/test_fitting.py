@@ -61,6 +61,7 @@ def test_a_training_is_sized_and_fits_or_not(played: PlayedHub) -> None:
 
 
 @pytest.mark.parametrize("has_gb", [24.0, 40.0, 48.0, 80.0])
+@pytest.mark.first(2)
 def test_what_is_proposed_does_fit(played: PlayedHub, has_gb: float) -> None:
     """Typing what a refusal proposes makes the same check pass."""
     refused = finding(look("train-lora", batch_tokens=16384), has_gb)

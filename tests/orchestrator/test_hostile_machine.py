@@ -134,6 +134,7 @@ def test_an_answer_that_is_none_is_said() -> None:
         b"",
     ],
 )
+@pytest.mark.first(2)
 def test_a_machine_that_talks_nonsense_is_not_reachable(
     counting_run: Make, monkeypatch: pytest.MonkeyPatch, said: bytes
 ) -> None:

@@ -189,6 +189,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.first(8)
 def test_hostile_templates_are_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template that takes time, memory or liberties ends as an error in words, within the deadline."""
     monkeypatch.setenv("HF_TOKEN", "hf_SecretOfTheUser0123456789")

@@ -140,6 +140,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("faults", FAULTS, ids=["429", "5xx", "hang", "drip", "late", "nonsense", "redirect", "401"])
+@pytest.mark.first(4)
 def test_a_provider_that_fails_is_asked_until_it_does_it(box: Guarded, cloud: Cloud, faults: list[Fault]) -> None:
     """After each kind of failure the guard goes on, at a bounded rate, until its machine is ended."""
     cloud.faults = list(faults)

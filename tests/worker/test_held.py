@@ -71,6 +71,7 @@ def held_at_most(made: lora.Learner, recipe: Recipe) -> int:
     ids=lambda settings: " ".join(settings.values()) or "as it comes",
 )
 @pytest.mark.parametrize("words", [1000, 16_000])
+@pytest.mark.first(4)
 def test_the_formula_says_what_a_step_holds(tmp_path: Path, settings: dict[str, Any], words: int) -> None:
     """Real steps on a random Qwen2: with few words the layers decide, with many the scores."""
     sizes = {**CONFIG, "vocab_size": words}

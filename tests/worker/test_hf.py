@@ -92,6 +92,7 @@ def test_sampled_text_is_drawn_with_the_noise_of_each_step() -> None:
 
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.first(2)
 def test_sampled_texts_do_not_depend_on_the_batch(kind: str, top_p: float) -> None:
     """In float64 sampled texts are the same for every batch size, order and mix of samples."""
     model, sampling = loaded(kind), Sampling(0.9, top_p, 24)

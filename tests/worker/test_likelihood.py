@@ -62,6 +62,7 @@ def weighed(tiny: LoadedModel, asked: list[Query], batch_size: int) -> dict[str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.first(4)
 def test_what_is_shared_changes_nothing(kind: str) -> None:
     """Every log-likelihood is that of the text alone: learned, rotary and no positions, windows, recurrent state."""
     tiny, asked = loaded(kind), queries(40)

@@ -142,6 +142,7 @@ def test_several_processes_take_the_steps_of_one(tmp_path: Path, models: Path, s
 
 
 @pytest.mark.parametrize("victim", [pytest.param("first", marks=pytest.mark.slow), "other"])
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_bit_by_bit_the_same(calm: rundir.Run, run: rundir.Run, victim: str) -> None:
     """kill -9 of any one of them ends all at once; the next attempt, of as many, ends as if nobody had been killed."""
     attempt = halted(run)
@@ -156,6 +157,7 @@ def test_killed_in_the_middle_it_ends_bit_by_bit_the_same(calm: rundir.Run, run:
 
 
 @pytest.mark.parametrize("going_on", [pytest.param(2, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
 def test_a_term_saves_once_and_is_gone_on_from(
     calm: rundir.Run, run: rundir.Run, capsys: pytest.CaptureFixture[str], going_on: int
 ) -> None:

@@ -58,6 +58,7 @@ def alive(mark: str) -> bool:
         ("input()", False),
     ],
 )
+@pytest.mark.first(15)
 def test_only_a_program_that_runs_to_its_last_line_passes(kind: str, program: str, passed: bool) -> None:
     """A program passes when its last line is reached: not by failing, nor by ending itself early with code 0."""
     outcome = run(kind, program)
@@ -66,6 +67,7 @@ def test_only_a_program_that_runs_to_its_last_line_passes(kind: str, program: st
 
 @every_kind
 @pytest.mark.parametrize("program", [HANG, "while True: pass", DEAF])
+@pytest.mark.first(4)
 def test_a_program_that_does_not_end_is_ended_in_time(kind: str, program: str) -> None:
     """Sleeping, turning and ignoring signals all end at the time limit."""
     began = time.monotonic()
@@ -76,6 +78,7 @@ def test_a_program_that_does_not_end_is_ended_in_time(kind: str, program: str) -
 
 
 @every_kind
+@pytest.mark.first(2)
 def test_a_fork_bomb_is_bounded_and_gone(kind: str) -> None:
     """A program that forks as fast as it can gets its number of processes and no more, and all of them die."""
     bomb = "import os, signal\nwhile True:\n  try: os.fork()\n  except OSError: signal.alarm(0)"
@@ -88,6 +91,7 @@ def test_a_fork_bomb_is_bounded_and_gone(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.first(1)
 def test_what_leaves_its_session_dies_too(kind: str) -> None:
     """A grandchild in a session of its own, deaf to signals, is dead when the program's run has ended."""
     mark = f"escaped-{os.getpid()}-{KINDS.index(kind)}"
@@ -129,6 +133,7 @@ def test_memory_is_limited_of_one_process_and_of_all(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.first(1)
 def test_endless_output_is_cut(kind: str) -> None:
     """A gigabyte of output is read and dropped but for its beginning, and does not decide the verdict."""
     outcome = run(kind, "for _ in range(1 << 10): print('x' * (1 << 20))", 60.0, output_bytes=1000)
@@ -137,6 +142,7 @@ def test_endless_output_is_cut(kind: str) -> None:
 
 
 @every_kind
+@pytest.mark.first(2)
 def test_nobodys_files_are_read(kind: str) -> None:
     """Neither a file that everybody may read nor the system's list of users can be opened."""
     with tempfile.TemporaryDirectory() as folder:

@@ -70,6 +70,7 @@ def test_a_bare_configuration_is_enough(run: rundir.Run, config: Path) -> None:
     ],
     ids=lambda settings: " ".join(settings),
 )
+@pytest.mark.first(1)
 def test_what_was_held_is_what_the_formula_says(run: rundir.Run, config: Path, settings: dict[str, Any]) -> None:
     """Tensors counted in the first steps, against the formula for the same recipe and micro-batch."""
     about, lines = measure(run, model=config, batch_tokens=1024, **settings)

@@ -44,6 +44,7 @@ def run(tmp_path: Path, models: Path) -> rundir.Run:
     ],
     ids=lambda settings: " ".join(map(str, settings.values())) or "as it comes",
 )
+@pytest.mark.first(4)
 def test_stopped_after_every_micro_batch_it_ends_the_same(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:

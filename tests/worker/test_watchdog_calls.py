@@ -49,6 +49,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+@pytest.mark.first(5)
 def test_a_provider_that_fails_is_asked_until_it_does_it(
     box: Container, cloud: ContainerCloud, faults: list[Fault]
 ) -> None:
