@@ -157,7 +157,6 @@ def test_a_request_that_stays_without_an_answer(quick: Cloud) -> None:
 
 
 @pytest.mark.parametrize("fault", ["failed", "bad-key"])
-@pytest.mark.first(1)
 def test_no_error_says_that_nothing_is_rented_while_something_may_be(quick: Cloud, fault: str) -> None:
     """The provider fails after the paid request, answered or not: the exit code says that a machine may cost money."""
     quick.fault(fault, when="GET /instances", times=None)
@@ -246,7 +245,6 @@ def test_a_deadline_stands_with_the_machine(quick: Cloud, tmp_path: Path, monkey
     ],
     ids=lambda words: words[0],
 )
-@pytest.mark.first(2)
 def test_past_its_deadline_any_command_ends_a_machine(quick: Cloud, words: tuple[str, ...]) -> None:
     """Status warns and asks nobody; each command that enforces caps gives the machine back, and no other."""
     assert gpu(*A10, "--no-wait").returncode == 0
@@ -268,7 +266,6 @@ def test_past_its_deadline_any_command_ends_a_machine(quick: Cloud, words: tuple
 
 @pytest.mark.parametrize(("fault", "code"), [("failed", 4), ("bad-key", 3)])
 @pytest.mark.parametrize("when", ["ssh-keys", "instance-types"])
-@pytest.mark.first(2)
 def test_a_launch_that_rents_nothing_leaves_its_name_free(quick: Cloud, fault: str, code: int, when: str) -> None:
     """Whatever the provider fails at before the paid request, the same command can be typed again."""
     quick.fault(fault, when=when, times=None, after=int(when == "instance-types"))

@@ -305,7 +305,6 @@ def case(request: pytest.FixtureRequest, root: Path) -> Case:
     return Case(root, request.param, asked, right)
 
 
-@pytest.mark.first(3)
 def test_a_death_at_any_step_leaves_what_is_sound_and_can_be_repeated(case: Case) -> None:
     """Killed before any change of the disk, a verb leaves nothing half made under a name, and can be asked again."""
     for _ in pushing.every_death(case.do):
