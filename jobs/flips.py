@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from math import fsum, log
+from math import fsum
 from typing import Any
 
 from jobs import perplexities
@@ -53,7 +53,7 @@ def _number(row: Mapping[str, Any]) -> float | None:
         return None
     read = perplexities.reading(row)
     if read is not None:
-        return -read.loglik / log(2) / read.bytes
+        return read.bits_per_byte
     score = row.get("score")
     return float(score) if isinstance(score, (int, float)) else None
 

@@ -22,6 +22,11 @@ class Reading(NamedTuple):
     words: float
     bytes: float
 
+    @property
+    def bits_per_byte(self) -> float:
+        """How many bits the model takes for a byte of this text; less is better."""
+        return -self.loglik / log(2) / self.bytes
+
 
 def reading(row: Mapping[str, Any]) -> Reading | None:
     """What a row says of a text that was read; None for any other row, and for one whose numbers cannot be."""

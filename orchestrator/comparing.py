@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def _side(
 def _bits(examples: selection.Examples) -> dict[str, float]:
     """Of texts that were read, the bits that each byte of a text takes, by example."""
     return {
-        name: -each.reading.loglik / log(2) / each.reading.bytes
+        name: each.reading.bits_per_byte
         for name, group in examples.groups.items()
         for each in group.candidates.values()
         if each.reading is not None

@@ -30,13 +30,6 @@ TARGET = f"hf://datasets/{REPO}/evals"
 
 
 @pytest.fixture
-def mirror(tmp_path: Path) -> Path:
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
 def run(tmp_path: Path) -> rundir.Run:
     """A run of a command on a machine, with nothing in it yet."""
     run = rundir.Run(tmp_path / "machine" / "runs" / RUN)
@@ -45,12 +38,6 @@ def run(tmp_path: Path) -> rundir.Run:
     durable.save_json(run.job, {"story": "command", "out": ["*"], "folder": ""})
     durable.save_json(run.current, {"attempt": 1})
     return run
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> rundir.Home:
-    durable.have_folder(tmp_path / "results" / RUN)
-    return rundir.Home(tmp_path / "results" / RUN)
 
 
 def started(made: Run, mirror: str, **order: Any) -> rundir.Run:

@@ -13,24 +13,11 @@ from jobs import durable, locks, rundir
 from orchestrator import mirrors, weights
 from orchestrator.home import Arrivals
 from tests.worker import schooling
+from tests.worker.guarding import RUN
 from worker import checkpoints, train
 from worker.mirror import Copying, FolderStore
 
-RUN = "20261120-train-lora"
 SHORT = {"steps": 6, "accumulation": 2, "lr": 0.01, "dropout": 0.1, "warmup": 2, "save_every": 1}
-
-
-@pytest.fixture
-def mirror(tmp_path: Path) -> Path:
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> rundir.Home:
-    durable.have_folder(tmp_path / "results" / RUN)
-    return rundir.Home(tmp_path / "results" / RUN)
 
 
 def copying(run: rundir.Run, mirror: Path) -> Copying:
