@@ -57,7 +57,8 @@ attempts = st.builds(
 )
 safe_names = st.text(SAFE, min_size=1, max_size=128).filter(lambda name: name[0] != "-" and name not in (".", ".."))
 folders = st.one_of(
-    st.sampled_from(["model", "adapter"]), st.integers(0, 999_999_999).map(lambda step: f"checkpoint-{step}")
+    st.sampled_from(["model", "adapter", "merged"]),
+    st.builds(rundir.checkpoint_name, st.integers(0, 999_999_999), st.integers(0, 999_999)),
 )
 weights = st.builds(lambda folder, name: f"{folder}/{name}", folders, safe_names)
 outs = st.lists(st.sampled_from(["a", "ä b", "-", "..a", "x" * 255, "log.jsonl"]), min_size=1, max_size=4).map(
@@ -93,6 +94,7 @@ def test_what_a_run_is_made_of_may_come_home(name: str) -> None:
         "model", "model/", "model/.", "model/..", "model/-rf", "model/a/b", "model/a\\b", "model/a b", "model/a\x00",
         "model/a\n", "model/\n", "model/ä", "model/․․", "model∕a", "models/a", "Model/a", "model/" + "x" * 129,
         "checkpoint-/a", "checkpoint-1000000000/a", "checkpoint--1/a", "checkpoint-1x/a", "checkpoint-٣/a",
+        "checkpoint-1./a", "checkpoint-.1/a", "checkpoint-1.1234567/a", "checkpoint-1.2.3/a", "checkpoint-1.٣/a",
         "../model/a", "model/../../a", "a/" * 2000 + "a", "out", "out/", "/out/a", "out//a", "out/..", "out/a/../b",
         "out/./a", "out/a\n", "out/a\x00", "out/a\x1b[0m", "out/\udcff", "out/a\u202e", "out/" + "x" * 256,
         "out/" + "x/" * 2050 + "x", "Out/a", "out\\a", "x/out/a",
@@ -139,11 +141,15 @@ def is_legal(name: str) -> bool:
             and set(rest[0]) <= set(string.digits)
             and rest[1] in {*rundir.GROWING, *rundir.WHOLE}
         )
-    step = first.removeprefix("checkpoint-")
-    is_folder = first in ("model", "adapter") or (
-        first != step and 1 <= len(step) <= 9 and set(step) <= {*string.digits}
-    )
+    at = first.removeprefix("checkpoint-")
+    step, dot, micro = at.partition(".")
+    is_checkpoint = first != at and is_number(step, 9) and (not dot or is_number(micro, 6))
+    is_folder = first in ("model", "adapter", "merged") or is_checkpoint
     return is_folder and len(rest) == 1 and is_safe(rest[0])
+
+
+def is_number(text: str, digits: int) -> bool:
+    return 1 <= len(text) <= digits and set(text) <= {*string.digits}
 
 
 def is_safe(part: str) -> bool:
